@@ -1,0 +1,187 @@
+"""The rule that holds all other tests is itself held here: each kind of leak is reported.
+
+Each test runs pytest on a small file of its own, beside a copy of the real conftest.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import conftest
+import pytest
+from conftest import ROOT, load_chapter
+
+pytest_plugins = ["pytester"]
+
+HEADING = """
+import asyncio, contextlib, contextvars, decimal, os, socket, sqlite3, subprocess, sys
+import tempfile, threading
+import conftest, pytest, pytest_asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+conftest.PATIENCE = 0.1
+variable = contextvars.ContextVar("variable", default=None)
+"""
+
+# Each test is followed by the line that must report it. What it keeps is undone at the end.
+LEAKS = r"""
+os.environ["WORKSHOP_REMOVED"] = "there before"
+kept = contextlib.ExitStack()
+teardown_module = kept.close
+
+def test_file():  # open descriptor \d+: '/dev/null'
+    kept.enter_context(open(os.devnull))
+
+def test_child():  # child process \d+: '.*python.* -c input\(\)'
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    kept.callback(child.communicate, b"end")
+
+def test_zombie():  # child process \d+: 'zombie'
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    kept.callback(child.wait)
+
+def test_thread():  # thread <Thread\(forgotten, .*
+    stop = threading.Event()
+    threading.Thread(target=stop.wait, name="forgotten").start()
+    kept.callback(stop.set)
+
+def test_task():  # pending task .*name='of asyncio.run'
+    async def main():
+        main.task = asyncio.create_task(asyncio.Event().wait(), name="of asyncio.run")
+    asyncio.run(main())
+
+@pytest.mark.asyncio
+async def test_task_in_async_test():  # pending task .*name='of an async test'
+    kept.task = asyncio.create_task(asyncio.Event().wait(), name="of an async test")
+
+def test_added():  # environment WORKSHOP_ADDED: 'left'
+    os.environ["WORKSHOP_ADDED"] = "left"
+
+def test_changed():  # environment WORKSHOP_ADDED: 'left' became 'changed'
+    os.environ["WORKSHOP_ADDED"] = "changed"
+
+def test_removed():  # environment WORKSHOP_REMOVED is gone
+    del os.environ["WORKSHOP_REMOVED"]
+
+def test_directory(tmp_path):  # working directory is: '.*' became '.*test_directory0'
+    os.chdir(tmp_path)
+
+def test_removed_directory(tmp_path):  # working directory is: .* no longer exists'
+    tmp_path.joinpath("gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+
+def test_back():  # working directory is: .* no longer exists' became '/'
+    os.chdir("/")
+
+def test_variable():  # context variable .*: 'left'
+    variable.set("left")
+
+@pytest.mark.asyncio
+async def test_variable_in_async_test():  # context variable .*: 'left' became 'inside'
+    variable.set("inside")
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A folder with the real conftest.py."""
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    return pytester
+
+
+def play(run: pytest.Pytester, tests: str) -> pytest.RunResult:
+    run.makepyfile(HEADING + tests)
+    return run.runpytest_subprocess("-W", "error", "-p", "no:randomly", "-p", "no:cacheprovider")
+
+
+def test_a_test_that_leaks_is_reported_with_the_kind_and_what_to_do(run: pytest.Pytester) -> None:
+    reports = [line.split("# ")[1] for line in LEAKS.splitlines() if "  # " in line]
+    outcome = play(run, LEAKS)
+    outcome.assert_outcomes(passed=len(reports), errors=len(reports))
+    outcome.stdout.re_match_lines([f"- {report}.*; .+" for report in reports])
+
+
+def test_a_clean_test_passes_even_if_what_it_opened_ends_a_moment_later(
+    run: pytest.Pytester,
+) -> None:
+    clean = """
+def test_descriptors(tmp_path, capfd):
+    with open(tmp_path / "file", "w"), socket.socket(), tempfile.TemporaryFile():
+        print(decimal.Decimal(1) / 3)
+    with contextlib.closing(sqlite3.connect(tmp_path / "database")) as connection:
+        connection.execute("pragma journal_mode=wal")
+
+def test_processes():
+    subprocess.run([sys.executable, "-c", ""], check=True)
+
+def test_threads():
+    threading.Timer(0.02, lambda: None).start()
+    with ThreadPoolExecutor() as pool:
+        pool.submit(print).result()
+
+def test_surroundings(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORKSHOP", "for this test")
+    monkeypatch.chdir(tmp_path)
+    variable.reset(variable.set("for this test"))
+
+def test_loop_of_its_own():
+    asyncio.run(asyncio.to_thread(print))
+
+@pytest_asyncio.fixture
+async def server():
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        yield server
+
+@pytest_asyncio.fixture
+async def background():
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(asyncio.Event().wait())
+        yield
+        task.cancel()
+
+@pytest.mark.asyncio
+async def test_async(server, background, monkeypatch):
+    monkeypatch.setenv("WORKSHOP", "for this test")
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await process.wait()
+    await asyncio.to_thread(print)
+    variable.reset(variable.set("for this test"))
+"""
+    play(run, clean).assert_outcomes(passed=6)
+
+
+def test_a_failing_test_is_still_told_what_it_left(run: pytest.Pytester) -> None:
+    outcome = play(run, "def test_leak():\n    os.environ['WORKSHOP'] = 'left'\n    assert False\n")
+    outcome.assert_outcomes(failed=1, errors=1)
+
+
+def test_a_chapter_is_loaded_once_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "other.py"
+    file.write_text("class Thing: ...\n")
+    monkeypatch.setenv("WORKSHOP_CHAPTER_77", str(file))
+    chapter = load_chapter(77)
+    assert chapter is load_chapter(77)
+    assert chapter.Thing.__module__ == "chapter_77"
+    del sys.modules["chapter_77"]
+
+
+def test_a_chapter_that_is_not_there_or_is_prose_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    (tmp_path / "97_prose.md").touch()
+    with pytest.raises(LookupError, match=r"chapter 97 is prose, 97_prose\.md: it has no module"):
+        load_chapter(97)
+    with pytest.raises(LookupError, match=r"chapter 98 is not there: no 98_\*\.py in "):
+        load_chapter(98)
