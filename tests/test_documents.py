@@ -1,0 +1,235 @@
+"""The Markdown pages, in both languages: links lead somewhere, names exist, the editions agree."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import re
+import sys
+import tokenize
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+from conftest import ROOT
+from fences import find_fences
+from sybil import Document
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+
+def load_sections() -> ModuleType:
+    """locale/sections.py: a folder named like a module of the standard library has no import."""
+    spec = importlib.util.spec_from_file_location("sections", ROOT / "locale" / "sections.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sections = load_sections()
+ENGLISH = [ROOT / page for page in sections.PAGES if (ROOT / page).exists()]
+CHINESE = [path for page in sections.PAGES if (path := sections.chinese(page)).exists()]
+PAGES = [*ENGLISH, *CHINESE]
+TRANSLATED = [path.name for path in ENGLISH if sections.chinese(path.name).exists()]
+DIAGRAMS = {"flowchart", "sequenceDiagram", "stateDiagram-v2", "classDiagram"}
+
+# Names of other projects that our pages speak of: not ours to define, nor installed here.
+ELSEWHERE = {
+    "ClientGroup": "fastmcp 4",
+    "FastMCP": "mcp 1, fastmcp",
+    "MCPServerManager": "OpenAI Agents SDK",
+    "failed_servers": "OpenAI Agents SDK",
+    "PromptRecorder": "llamabot before 0.12",
+    "RunContextWrapper": "OpenAI Agents SDK",
+}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def fences(path: Path) -> list[tuple[str, str]]:
+    """Every fence of the page: its info string and its content."""
+    document = Document(path.read_text(encoding="utf-8"), str(path))
+    lexer = RawFencedCodeBlockLexer(re.compile(r"(?P<info>[^\n]*)$\n", re.MULTILINE))
+    return [
+        (str(region.lexemes["info"]).strip(), str(region.lexemes["source"]))
+        for region in lexer(document)
+    ]
+
+
+def prose(path: Path) -> str:
+    """The page without its fences and comments."""
+    text = re.sub(
+        r"^(`{3,}).*?^\1[ ]*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+# --- Links ---
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that a Markdown viewer such as GitHub's makes of the headings."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for section in sections.sections(path.read_text(encoding="utf-8")):
+        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", section.title)
+        slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_relative_link_and_anchor_leads_somewhere(path: Path) -> None:
+    text = re.sub(r"`[^`\n]+`", "", prose(path))
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text)
+    broken = []
+    for link in (unquote(markdown or html) for markdown, html in links):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        target, _hash, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(link)
+    assert broken == []
+
+
+# --- Names ---
+
+
+def words(source: str) -> set[str]:
+    """The names in Python source."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.string for token in tokens if token.type == tokenize.NAME}
+
+
+@functools.cache
+def known_names() -> frozenset[str]:
+    """Names in the tree's Python files, and those of the modules that the pages are about."""
+    files = [*ROOT.glob("0*.py"), *ROOT.glob("tests/*.py")]
+    files += [*ROOT.glob("exercises/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    found = set().union(*(words(file.read_text(encoding="utf-8")) for file in files))
+    modules = "asyncio anyio contextlib contextvars sqlite3 subprocess websockets openai mcp"
+    modules += " mcp.types mcp.client.sse mcp.client.streamable_http mcp.server mcp.shared"
+    for module in (builtins, *map(importlib.import_module, modules.split())):
+        found |= set(dir(module)) | {module.__name__}
+    return frozenset(found | {"async", "await", "mcp", "ExceptionGroup"} | ELSEWHERE.keys())
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_name_that_looks_like_code_exists(path: Path) -> None:
+    own = set().union(*(words_of(body) for info, body in fences(path) if info == "python"))
+    unknown = []
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(path)):
+        call = re.fullmatch(r"@?([A-Za-z_]\w*(?:\.\w+)*)(\(.*\))?", span)
+        if call and (call[2] or re.search(r"[a-z]_[a-z]|[a-z][A-Z]|[A-Z][A-Z][a-z]", call[1])):
+            parts = set(call[1].split("."))
+            if not parts <= known_names() | own:
+                unknown.append(span)
+    assert unknown == []
+
+
+def words_of(fence: str) -> set[str]:
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        return words(fence)
+    return set(re.findall(r"\w+", fence))
+
+
+# --- Fences and diagrams ---
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_fence_says_what_it_is(path: Path) -> None:
+    labels = {info for info, _body in fences(path)}
+    assert labels <= {"python", "text", "bash", "json", "mermaid", "powershell", "toml"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_diagram_is_of_a_known_kind_and_closes_its_brackets(path: Path) -> None:
+    for info, body in fences(path):
+        if info != "mermaid":
+            continue
+        assert body.split(maxsplit=1)[0] in DIAGRAMS
+        text = re.sub(r'"[^"\n]*"', "", body)  # a quoted label may hold anything
+        text = re.sub(r"[-.=ox<]+(\)|>)+", "", text)  # so may an arrow: --> ->> --)
+        for opening, closing in ("()", "[]", "{}"):
+            assert text.count(opening) == text.count(closing), body
+        assert body.count('"') % 2 == 0, body
+
+
+# --- The editions ---
+
+
+@pytest.mark.parametrize("path", ENGLISH, ids=named)
+def test_the_chinese_edition_follows_every_english_section(path: Path) -> None:
+    assert sections.problems(path.name) == []
+
+
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_the_chinese_edition_keeps_every_fence_letter_for_letter(page: str) -> None:
+    """A diagram's labels may be translated; its kind, and the number of its lines, may not."""
+
+    def comparable(path: Path) -> list[tuple[str, object]]:
+        return [
+            (info, (body.split()[0], len(body.splitlines())) if info == "mermaid" else body)
+            for info, body in fences(path)
+        ]
+
+    assert comparable(sections.chinese(page)) == comparable(ROOT / page)
+    chinese, english = find_fences(sections.chinese(page)), find_fences(ROOT / page)
+    assert [(fence.source, fence.expected) for fence in chinese] == [
+        (fence.source, fence.expected) for fence in english
+    ]
+
+
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_the_editions_lead_to_each_other(page: str) -> None:
+    english, chinese = ROOT / page, sections.chinese(page)
+    assert f"](locale/zh_CN/{page})" in english.read_text(encoding="utf-8")[:1500]
+    assert f"](../../{page})" in chinese.read_text(encoding="utf-8")[:1500]
+
+
+ORIGINAL = "# One\n\nfirst\n\n## Two\n\n```python\n# not a heading\n```\n"
+
+
+def marked(*marks: str) -> str:
+    titles = ("# 一", "## 二", "## 三")
+    return "".join(f"{title}\n{mark}\n\n…\n\n" for title, mark in zip(titles, marks, strict=False))
+
+
+def test_a_changed_missing_or_unmarked_section_is_named_by_its_english_heading() -> None:
+    one, two = (f"<!-- en: {section.hash} -->" for section in sections.sections(ORIGINAL))
+    assert sections.compare("p.md", ORIGINAL, marked(one, two)) == []
+    changed = ORIGINAL.replace("first", "second")
+    (stale,) = sections.compare("p.md", changed, marked(one, two))
+    assert stale == "p.md, Chinese edition: '一' (line 1) is stale: 'One' has changed"
+    (missing,) = sections.compare("p.md", ORIGINAL, marked(one))
+    assert missing == "p.md, Chinese edition: 'Two' is missing"
+    (unmarked,) = sections.compare("p.md", ORIGINAL, marked(one, ""))
+    assert unmarked.startswith("p.md, Chinese edition: '二' (line 6) has no `<!-- en: ")
+    (left_over,) = sections.compare("p.md", ORIGINAL, marked(one, two, two))
+    assert left_over == "p.md, Chinese edition: '三' has no English"
+
+
+def test_accepting_writes_the_hash_of_the_named_section_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "ROOT", tmp_path)
+    (tmp_path / "locale" / "zh_CN").mkdir(parents=True)
+    (tmp_path / "p.md").write_text(ORIGINAL, encoding="utf-8")
+    sections.chinese("p.md").write_text("# 一\n\n…\n\n## 二\n\n…\n", encoding="utf-8")
+    assert sections.accept("p.md", ["Two"]) == 1
+    (problem,) = sections.problems("p.md")
+    assert "'一'" in problem
+    assert sections.accept("p.md", []) == 1
+    assert sections.problems("p.md") == []
