@@ -251,7 +251,7 @@ def say(text: str) -> None:
     bars = "│ " * len(open_brackets)
     for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
         line.rstrip()
-        console.print(Text(bars, "dim") + line)
+        console.print(Text.assemble((bars, "dim"), line))
 
 
 @contextmanager
@@ -292,7 +292,7 @@ def show_code(*pieces: Callable[..., Any] | str) -> None:
 
 
 def code(text: str) -> Syntax:
-    return Syntax(text, "python", word_wrap=True, background_color="default")
+    return Syntax(text, "python", theme="ansi_dark", word_wrap=True, background_color="default")
 
 
 class Recorder:
