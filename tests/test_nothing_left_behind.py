@@ -128,6 +128,11 @@ def test_surroundings(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     variable.reset(variable.set("for this test"))
 
+def test_lesson_about_a_task_that_nobody_awaits(tasks_may_be_abandoned):
+    async def main():
+        main.task = asyncio.create_task(asyncio.Event().wait())
+    asyncio.run(main())
+
 def test_loop_of_its_own():
     asyncio.run(asyncio.to_thread(print))
 
@@ -156,7 +161,7 @@ async def test_async(server, background, monkeypatch):
     await asyncio.to_thread(print)
     variable.reset(variable.set("for this test"))
 """
-    play(run, clean).assert_outcomes(passed=6)
+    play(run, clean).assert_outcomes(passed=7)
 
 
 def test_a_failing_test_is_still_told_what_it_left(run: pytest.Pytester) -> None:
