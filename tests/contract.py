@@ -787,7 +787,7 @@ class Cancelling:
         if self.late and asyncio.isfuture(awaited):
             # subtle: callbacks run in the order in which they were added, so this one runs
             # before the task's own, that is, before the task wakes up.
-            awaited.add_done_callback(lambda done: task.cancel() and None)
+            awaited.add_done_callback(lambda done: task.cancel())
         else:
             task.cancel()
 
@@ -849,7 +849,7 @@ def bounded_count(subject: Subject) -> Iterator[int]:
     """0, 1, 2, ... up to the number at which waiting for the end makes no sense."""
     yield from range(MOST_SUSPENSIONS)
     what = f"was cancelled at {MOST_SUSPENSIONS} awaits, and there is still no end of them"
-    raise Defect(subject.open, what)
+    raise Defect(subject.open(), what)
 
 
 @async_way
@@ -886,7 +886,11 @@ async def async_cancelled_again_while_it_cleans_up(subject: Subject) -> None:
 
 @async_way
 async def async_cancelled_twice_anywhere(subject: Subject) -> None:
-    """Cancelled at every await, then once more at every await after that: all pairs."""
+    """Cancelled at every await, then once more at every await after that: all pairs.
+
+    The number of runs is the square of the awaits: a subject that starts a process for each of
+    them may have to leave this way out.
+    """
     for nth in bounded_count(subject):
         for later in bounded_count(subject):
             chosen = (nth, nth + 1 + later)
