@@ -1,0 +1,634 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "genai-prices>=0.2,<0.3"]
+# ///
+"""Chapter 03 · Async managers: a GPU pool, model sessions side by side, and cancellation.
+
+After this chapter you can write a manager whose set-up and cleanup await, share scarce devices
+fairly among tasks, and lose nothing when a task is cancelled, at whichever `await`.
+
+    python 03_async_manager.py           play all five demos, offline
+    python 03_async_manager.py 2 3       play demos 2 and 3 alone
+    python 03_async_manager.py --live    ask a real model: OPENAI_API_KEY, _BASE_URL, _MODEL
+
+Read `GPUPool` first; each comment that begins "subtle:" is a bug that pools in use today have.
+The scopes of tasks overlap, so the demos draw them on a time axis instead of as brackets.
+
+Left out: threads (chapter 04), budgets (chapter 05), resources known only at run time (07).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gettext
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import genai_prices
+import httpx2
+from openai import AsyncOpenAI, OpenAIError
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from openai.types.completion_usage import CompletionUsage
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+logger = logging.getLogger("workshop.pool")
+
+
+async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> None:
+    """Await `cleanup` to its end, also when cancelled meanwhile; the cancellation is raised then.
+
+    Raises what `cleanup` raises, and `TimeoutError` after `within` seconds, lest it hang for ever.
+    """
+    task = asyncio.ensure_future(asyncio.wait_for(cleanup, within))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])  # subtle: `await task` would pass the cancellation on to it
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device: its index in PCI bus order, its name, its memory in MiB (0 for a stand-in)."""
+
+    index: int
+    name: str
+    memory_mib: int
+
+
+def discover_gpus() -> list[GPU]:
+    """List this machine's NVIDIA devices, hidden ones too, or else four stand-ins named so."""
+    gpus = []
+    try:
+        nvml = importlib.import_module("pynvml")  # from nvidia-ml-py, which is optional
+        nvml.nvmlInit()
+        try:
+            for index in range(nvml.nvmlDeviceGetCount()):
+                device = nvml.nvmlDeviceGetHandleByIndex(index)
+                memory = nvml.nvmlDeviceGetMemoryInfo(device).total // 2**20
+                gpus.append(GPU(index, nvml.nvmlDeviceGetName(device), memory))
+        finally:
+            nvml.nvmlShutdown()
+    except Exception as error:  # NVMLError is a class of the module that may be missing
+        logger.info("no NVIDIA driver answers (%r): using stand-ins", error)
+        gpus.clear()
+    return gpus or [GPU(index, f"stand-in GPU {index}", 0) for index in range(4)]
+
+
+@asynccontextmanager
+async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
+    """Run a child process that sees `gpu` as its only device; it is ended and reaped on leaving.
+
+    Its output is piped. Ctrl-C does not reach it, but ends the block, and so the child.
+    """
+    # subtle: by default CUDA numbers the fastest device first, where NVML goes by the PCI bus
+    pinned = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
+    options = {"env": os.environ | pinned, "stdin": DEVNULL, "start_new_session": True}
+    # subtle: a start that is cancelled may leave a child behind, so it is a task of its own
+    start = asyncio.create_task(
+        asyncio.create_subprocess_exec(*command, stdout=PIPE, **options)  # type: ignore[arg-type]
+    )
+    try:
+        yield await asyncio.shield(start)
+    finally:
+        await finish(end(start))
+
+
+async def end(start: asyncio.Task[Process]) -> None:
+    process = await start
+    if process.returncode is None:
+        process.kill()
+    await process.communicate()  # subtle: wait() alone would hang on a pipe that nobody empties
+
+
+class PoolClosedError(RuntimeError):
+    """The pool is not open yet, or not any more."""
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """How many devices a pool has, how many of them are in use, and how many tasks wait."""
+
+    total: int
+    in_use: int
+    waiting: int
+
+
+class GPUPool:
+    """Lend each device to one task at a time; first come, first served.
+
+        async with GPUPool(discover_gpus()) as pool:
+            async with pool.acquire(timeout=30) as gpu:
+                ...
+
+    Leaving the outer block refuses newcomers, fails whoever waits with `PoolClosedError`, and
+    waits for the devices in use. A cancellation ends that wait: the pool is closed all the same,
+    and the devices come back when their blocks end. A pool opens once, and serves one event loop.
+    """
+
+    def __init__(self, gpus: Iterable[GPU]) -> None:
+        self._gpus = tuple(gpus)
+        if not self._gpus or len(set(self._gpus)) < len(self._gpus):
+            raise ValueError(f"a GPUPool needs devices, each of them once; it got {self._gpus}")
+        self._state = "not open yet"
+        self._free = deque(self._gpus)
+        # Who waits has a future here: it gets a device, or None when the pool closes. A cancelled
+        # one stays as a tombstone, since deque.remove() would search the queue for each of them.
+        self._queue: deque[asyncio.Future[GPU | None]] = deque()
+        self._gone = 0  # waiters who gave up since the tombstones were last swept away
+        self._all_back = asyncio.Event()
+
+    def statistics(self) -> PoolStatistics:
+        """Count; a device that is on its way to a task is in use."""
+        waiting = sum(not waiter.done() for waiter in self._queue)
+        return PoolStatistics(len(self._gpus), len(self._gpus) - len(self._free), waiting)
+
+    async def __aenter__(self) -> Self:
+        if self._state != "not open yet":
+            raise RuntimeError(f"a GPUPool opens once, and this one is {self._state}: make another")
+        self._state = "open"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._state = "closed"
+        for waiter in self._queue:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._queue.clear()
+        if len(self._free) < len(self._gpus):
+            self._all_back.clear()
+            await self._all_back.wait()
+
+    @asynccontextmanager
+    async def acquire(self, timeout: float | None = None) -> AsyncIterator[GPU]:
+        """Lend a device for the length of a block.
+
+        Waits for `timeout` seconds at most; None is for ever, 0 takes what is free or nothing.
+        Raises `TimeoutError`, or `PoolClosedError` where the pool is closed or closes meanwhile.
+        """
+        gpu = await self._next(timeout)
+        try:  # subtle: an await between these two lines could be cancelled, and the device lost
+            yield gpu
+        finally:
+            self._hand_on(gpu)
+
+    async def _next(self, timeout: float | None) -> GPU:
+        if self._state != "open":
+            raise PoolClosedError(f"this GPUPool is {self._state}: acquire inside its `async with`")
+        if self._free:  # so nobody waits: _hand_on() serves the queue first
+            return self._free.popleft()
+        waiter: asyncio.Future[GPU | None] = asyncio.get_running_loop().create_future()
+        self._queue.append(waiter)
+        try:
+            async with asyncio.timeout(timeout):
+                gpu = await waiter
+        except BaseException as error:
+            self._give_up(waiter)
+            if isinstance(error, TimeoutError):
+                message = f"none of {len(self._gpus)} devices came free within {timeout} s"
+                raise TimeoutError(message) from None
+            raise
+        if gpu is None:
+            raise PoolClosedError("this GPUPool was closed while the task waited for a device")
+        return gpu
+
+    def _hand_on(self, gpu: GPU) -> None:
+        """Give a device to whoever waits longest. It is never free in between: no one barges in."""
+        while self._queue:
+            waiter = self._queue.popleft()
+            if not waiter.done():
+                waiter.set_result(gpu)
+                return
+        self._free.append(gpu)
+        if len(self._free) == len(self._gpus):
+            self._all_back.set()
+
+    def _give_up(self, waiter: asyncio.Future[GPU | None]) -> None:
+        waiter.cancel()
+        if not waiter.cancelled():  # subtle: a device was handed over in this very tick
+            gpu = waiter.result()
+            if gpu is not None:
+                self._hand_on(gpu)
+            return
+        self._gone += 1
+        if self._gone > len(self._queue) // 2:  # so each who gave up pays for two at most
+            self._queue = deque(other for other in self._queue if not other.done())
+            self._gone = 0
+
+
+class SessionClosedError(RuntimeError):
+    """The session was used after its block was left."""
+
+
+class ReplyError(RuntimeError):
+    """The server answered, but not with a whole chat completion."""
+
+
+class AsyncLLMSession:
+    """A conversation whose turns are taken one at a time, in the order of the calls.
+
+    `messages` holds whole turns only; `usage` and `cost` are the sums over them, as the API told
+    and in US dollars; a model of unknown price costs NaN, for zero would be false.
+    """
+
+    def __init__(self, name: str, model: str, client: AsyncOpenAI, slots: Any) -> None:
+        self.name, self.model = name, model
+        self.messages: list[ChatCompletionMessageParam] = []
+        self.usage, self.cost = genai_prices.Usage(), Decimal(0)
+        self._client, self._slots = client, slots
+        self._turn = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+
+    async def ask(self, prompt: str) -> str:
+        """Take one turn. When it fails or is cancelled, the session is as it was before.
+
+        Raises `SessionClosedError` once the block is left, `RuntimeError` on another event loop,
+        `ReplyError`, and what the client raises. A provider may charge for a call that was
+        cancelled on its way; `cost` knows the answers that arrived.
+        """
+        self._refuse_misuse()
+        async with self._turn, self._slots:  # subtle: the other way round, turns would hoard slots
+            self._refuse_misuse()  # for the session may have closed meanwhile
+            asked: ChatCompletionMessageParam = {"role": "user", "content": prompt}
+            reply = await self._client.chat.completions.create(
+                model=self.model, messages=[*self.messages, asked]
+            )
+            if not (isinstance(reply, ChatCompletion) and reply.choices and reply.usage):
+                raise ReplyError(f"session {self.name!r} got no chat completion, but {reply!r:.99}")
+            # subtle: no await from here on. Either the whole turn is recorded, or none of it.
+            self._count(reply.usage)
+            answer = reply.choices[0].message.content or ""
+            self.messages += [asked, {"role": "assistant", "content": answer}]
+            return answer
+
+    def _count(self, told: CompletionUsage) -> None:
+        cached = told.prompt_tokens_details and told.prompt_tokens_details.cached_tokens
+        tokens = {"input_tokens": told.prompt_tokens, "output_tokens": told.completion_tokens}
+        usage = genai_prices.Usage(**tokens, cache_read_tokens=cached or 0)
+        try:
+            price = genai_prices.calc_price(usage, self.model, provider_id="openai").total_price
+        except LookupError:
+            price = Decimal("NaN")
+        self.usage, self.cost = self.usage + usage, self.cost + price
+
+    def _refuse_misuse(self) -> None:
+        if self._closed:
+            raise SessionClosedError(f"session {self.name!r} is closed: open a new one")
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(f"session {self.name!r} belongs to the event loop that opened it")
+
+    async def _close(self) -> None:
+        self._closed = True
+        async with self._turn:  # the turn under way ends first; those behind it are refused
+            pass
+
+
+@asynccontextmanager
+async def async_llm_session(
+    name: str,
+    *,
+    model: str = "gpt-4o-mini",
+    client: AsyncOpenAI | None = None,
+    max_concurrency: asyncio.Semaphore | None = None,
+) -> AsyncIterator[AsyncLLMSession]:
+    """Open a conversation with a model; leaving waits for the turn under way, refuses all others.
+
+    Without a `client` it makes one from the OPENAI_... variables, and closes it on the same loop.
+    `max_concurrency` bounds the calls of all sessions that are given the same semaphore; a number
+    could only bound one session, whose turns never overlap anyway.
+    """
+    if isinstance(max_concurrency, int):
+        raise TypeError(f"give the sessions one asyncio.Semaphore({max_concurrency}) to share")
+    async with AsyncExitStack() as stack:
+        if client is None:
+            client = AsyncOpenAI()
+            stack.push_async_callback(lambda: finish(client.close()))
+        session = AsyncLLMSession(name, model, client, max_concurrency or nullcontext())
+        stack.push_async_callback(session._close)
+        yield session
+
+
+# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+
+LATENCY = 0.03  # seconds that a modelled round trip takes
+WORK = """\
+import os, sys
+for step in range(int(sys.argv[1])):
+    sum(range(400_000))
+    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.exit("--fail" in sys.argv)"""
+console = Console(highlight=False)
+_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
+live = False
+Jobs = Iterable[Coroutine[Any, Any, str]]
+
+
+class Chart:
+    """Scopes on a time axis, as those of tasks overlap. It is drawn however its block is left."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, str, float, float]] = []
+
+    @asynccontextmanager
+    async def span(self, row: str, letter: str) -> AsyncIterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spans.append((row, letter, began, time.perf_counter()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        first = min((began for _row, _letter, began, _ended in self.spans), default=0.0)
+        total = max((ended for *_span, ended in self.spans), default=1.0) - first
+        width = min(console.width, 100) - 20
+        for row in sorted({span[0] for span in self.spans}):
+            cells = ["·"] * width
+            for _row, letter, began, ended in (span for span in self.spans if span[0] == row):
+                left, right = (int((at - first) / total * width) for at in (began, ended))
+                cells[left:right] = letter * (right - left)
+            styles = {cell: f"color({1 + ord(cell) % 6})" for cell in cells} | {"·": "dim"}
+            console.print(Text.assemble(f"{row:18.18} ", *((cell, styles[cell]) for cell in cells)))
+        console.print(f"{'':18} 0{1000 * total:{width - 4}.0f} ms", style="dim")
+
+
+async def train(
+    pool: GPUPool, chart: Chart, job: str, *steps: str, step_done: Callable[[], object] = bool
+) -> str:
+    """Hold a device while a worker process takes steps: CPU work in place of training."""
+    seen = ""
+    async with pool.acquire() as gpu, chart.span(gpu.name, job):
+        async with gpu_worker(gpu, sys.executable, "-ISc", WORK, *steps) as worker:
+            assert worker.stdout
+            async for line in worker.stdout:
+                seen = line.decode().strip()
+                step_done()
+            if await worker.wait():
+                raise RuntimeError(f"the worker of job {job} failed")
+    return seen
+
+
+async def demo_pool() -> None:
+    """A GPU pool
+
+    Nine jobs, few devices. `pool.acquire()` waits in line for a device, and gives it back however
+    the block ends. Each job runs a **worker process** that sees its own device alone. The chart is
+    drawn from what happened: each letter is a job.
+    """
+    gpus, tasks = discover_gpus(), {}
+    for gpu in gpus:
+        memory = f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""
+        console.print(f"{gpu.index}: {gpu.name}{memory}")
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with Chart() as chart, bars:
+        async with GPUPool(gpus) as pool, asyncio.TaskGroup() as group:
+            for job, steps in zip("ABCDEFGHI", (9, 4, 6, 3, 5, 8, 4, 7, 5), strict=True):
+                bar = bars.add_task(job, total=steps)
+                step_done = partial(bars.update, bar, advance=1, refresh=True)
+                work = train(pool, chart, job, str(steps), step_done=step_done)
+                tasks[job] = group.create_task(work)
+    seen = ", ".join(f"{job} {task.result()}" for job, task in tasks.items())
+    console.print(_("CUDA_VISIBLE_DEVICES, as each worker saw it: {seen}").format(seen=seen))
+    console.print(_("After the block: {statistics}").format(statistics=pool.statistics()))
+
+
+@asynccontextmanager
+async def get_and_put(queue: asyncio.Queue[GPU]) -> AsyncIterator[GPU]:
+    gpu = await queue.get()
+    try:
+        yield gpu
+    finally:
+        queue.put_nowait(gpu)
+
+
+async def take_turns(name: str, acquire: Callable[[], Any], log: list[str]) -> None:
+    for _turn in range(100):
+        async with acquire():
+            log.append(name)
+            await asyncio.sleep(0)
+
+
+async def demo_queue() -> None:
+    """The bug: a Queue as a pool
+
+    `get` a device from an `asyncio.Queue`, `put` it back: a pool? But `put` only *wakes* a waiter,
+    and whoever asks before that task runs takes the device away. Here two tasks share a device, a
+    hundred turns each. `GPUPool` hands it **to** the waiter: it is never free in between.
+    """
+    queue: asyncio.Queue[GPU] = asyncio.Queue()
+    queue.put_nowait(gpu := discover_gpus()[0])
+    async with GPUPool([gpu]) as pool:
+        for name, acquire in (("Queue", lambda: get_and_put(queue)), ("GPUPool", pool.acquire)):
+            log: list[str] = []
+            await asyncio.gather(take_turns("A", acquire, log), take_turns("B", acquire, log))
+            told = _("turns of A before B's first: {n}").format(n=log.index("B"))
+            console.print(f"{name:8}{''.join(log[:30])}…  {told}")
+
+
+async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
+    async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+        for job in jobs:
+            group.create_task(job)
+
+
+async def demo_siblings() -> None:
+    """The bug: gather leaves siblings running
+
+    Job A fails. `gather` raises at once; **the others run on** and hold their devices, though
+    nobody waits for them any more. A `TaskGroup` cancels them, waits for their cleanup, and raises
+    then. `asyncio.timeout` around it ends a group that takes too long. Row `await` is the caller's.
+    """
+    for name, run, fails in (
+        ("gather(*jobs)", lambda jobs: asyncio.gather(*jobs), ("1", "--fail")),
+        ("TaskGroup()", in_a_group, ("1", "--fail")),
+        ("timeout(0.05)", lambda jobs: in_a_group(jobs, 0.05), ("9999",)),
+    ):
+        console.print(name, style="bold")
+        with Chart() as chart:
+            async with GPUPool(discover_gpus()) as pool:
+                jobs = [train(pool, chart, "A", *fails)]
+                jobs += [train(pool, chart, job, "6") for job in "BCDE"]
+                try:
+                    async with chart.span("await", "="):
+                        await run(jobs)
+                except* (RuntimeError, TimeoutError) as errors:
+                    told = _("{error} came out; devices still in use: {n}")
+                    in_use = pool.statistics().in_use
+                    console.print(told.format(error=repr(errors.exceptions[0]), n=in_use))
+
+
+async def demo_cleanup() -> None:
+    """The bug: an await in finally
+
+    A task is cancelled, cleans up, and is cancelled **again**, by a timeout around it, say. That
+    interrupts the `await` in its `finally`. With `shield` the cleanup runs on, but nobody waits for
+    it; `finish` does, within bounds. Here it gives back a lease: a modelled round trip of 30 ms.
+    """
+    given_back: list[str] = []
+
+    async def release() -> None:
+        await asyncio.sleep(LATENCY)
+        given_back.append("lease")
+
+    async def hold(cleanup: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await cleanup()
+
+    for name, cleanup in (
+        ("await release()", release),
+        ("await shield(release())", lambda: asyncio.shield(release())),
+        ("await finish(release())", lambda: finish(release())),
+    ):
+        given_back.clear()
+        task = asyncio.create_task(hold(cleanup))
+        for _cancel in range(2):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait([task])
+        at_its_end = len(given_back)
+        await asyncio.sleep(2 * LATENCY)
+        told = _("leases given back: {now} when the task ended, {later} in the end")
+        console.print(f"{name:24}", told.format(now=at_its_end, later=len(given_back)))
+
+
+async def stand_in(request: httpx2.Request) -> httpx2.Response:
+    """Answer as the chat API does. The words are a stand-in's, and it takes a word for a token."""
+    await asyncio.sleep(LATENCY)
+    answer = {"role": "assistant", "content": "So says the stand-in."}
+    words = sum(len(m["content"].split()) for m in json.loads(request.content)["messages"])
+    usage = {"prompt_tokens": words, "completion_tokens": 4, "total_tokens": words + 4}
+    choice = {"index": 0, "finish_reason": "stop", "message": answer}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "stand-in"}
+    return httpx2.Response(200, json=body | {"choices": [choice], "usage": usage})
+
+
+@asynccontextmanager
+async def charted_client(chart: Chart) -> AsyncIterator[AsyncOpenAI]:
+    """The real client, in front of the stand-in or, with --live, a model; charts each request."""
+    async with httpx2.AsyncHTTPTransport() as network:
+
+        async def answer(request: httpx2.Request) -> httpx2.Response:
+            messages = json.loads(request.content)["messages"]
+            async with chart.span(messages[0]["content"], str(len(messages) // 2 + 1)):
+                return await (network.handle_async_request if live else stand_in)(request)
+
+        http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
+        options: dict[str, Any] = {} if live else {"api_key": "-", "base_url": "http://stand-in/v1"}
+        async with AsyncOpenAI(http_client=http, **options) as client:
+            yield client
+
+
+async def demo_sessions() -> None:
+    """Model sessions, side by side
+
+    Three conversations, two calls at once in all. The turns of one conversation wait for each
+    other, as each needs the answer before it. A digit in the chart is a turn on its way. Ada's
+    third is cancelled half-way: it leaves no trace in her session, which stays usable.
+    """
+    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini") if live else "gpt-4o-mini"
+    options: dict[str, Any] = {"model": model, "max_concurrency": asyncio.Semaphore(2)}
+    with Chart() as chart:
+        async with charted_client(chart) as client, AsyncExitStack() as stack:
+            opened = [async_llm_session(n, client=client, **options) for n in ("Ada", "Bob", "Cem")]
+            sessions = [await stack.enter_async_context(session) for session in opened]
+            async with asyncio.TaskGroup() as group:
+                for session in sessions:
+                    group.create_task(session.ask(f"{session.name} says hello"))
+                    group.create_task(session.ask("and how are you?"))
+            ada = sessions[0]
+            before = len(ada.messages)
+            try:
+                async with asyncio.timeout(LATENCY / 2):
+                    await ada.ask("tell me more")
+            except TimeoutError:
+                told = _("Cancelled half-way. Messages before: {before}, after: {after}")
+                console.print(told.format(before=before, after=len(ada.messages)))
+            await ada.ask("tell me less")
+    table = Table(_("session"), _("tokens in"), _("tokens out"), "US$")
+    for session in sessions:
+        tokens = str(session.usage.input_tokens), str(session.usage.output_tokens)
+        table.add_row(session.name, *tokens, str(session.cost))
+    console.print(table)
+
+
+DEMOS = (demo_pool, demo_queue, demo_siblings, demo_cleanup, demo_sessions)
+
+
+def play(number: int) -> None:
+    """Show a demo's title and lesson, then run it."""
+    demo = DEMOS[number - 1]
+    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    console.rule(f"[bold]{number} · {title}", align="left")
+    console.print(Markdown(lesson), "")
+    try:
+        asyncio.run(demo())
+    except* OpenAIError as errors:
+        console.print(f"{errors.exceptions[0]!r}", style="red", markup=False)
+    console.print()
+
+
+class CommandLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
+
+
+def main() -> int:
+    global live
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandLine(description=__doc__, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
+    parser.add_argument("--live", action="store_true", help="ask a real model")
+    options = parser.parse_args()
+    live, chosen = options.live, options.demo or range(1, len(DEMOS) + 1)
+    for number in chosen:
+        if not 1 <= number <= len(DEMOS):
+            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+    if live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error("--live needs OPENAI_API_KEY (any word, for a server that asks for none)")
+    try:
+        for number in chosen:
+            play(number)
+    except KeyboardInterrupt:
+        console.print(_("Interrupted. The tasks were cancelled, and gave their devices back."))
+        return 130
+    console.rule(_("[bold]Key points"), align="left")
+    lessons = _("""\
+* Between taking a resource and the `try` that gives it back, there is no `await`.
+* Hand a freed resource to the one who waits longest; waking somebody up is not enough.
+* A cancelled waiter may hold what it was just given: hand that on.
+* An `await` in cleanup can be cancelled. Finish it all the same, within bounds.
+* Start tasks in a `TaskGroup`: when its block is left, none of them runs any more.""")
+    console.print(Markdown(lessons))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
