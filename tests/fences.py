@@ -159,14 +159,14 @@ def _compare(fence: Fence, printed: str) -> str | None:
 class Run:
     """One run of one chapter: its namespace, its event loop, its folder."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, debug: bool = True) -> None:
         self.path = path
         self.folder = folder
         self.printed: dict[Fence, str] = {}
         self._main = types.ModuleType(f"page_{path.stem}")
         self._modules = {self._main.__name__}
         self._context = contextvars.copy_context()
-        self._runner = asyncio.Runner(debug=True)
+        self._runner = asyncio.Runner(debug=debug)
 
     def play(self, judge: Any) -> Played:
         """Run all fences in order. `judge(fence, printed)` returns what is wrong, or None."""
@@ -246,6 +246,7 @@ class Run:
         listener = logging.Handler(logging.ERROR)
         listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("asyncio").addHandler(listener)
+        levels = {logger: logger.level for logger in _loggers()}
         self._import(self._main)
         try:
             with self._runner:
@@ -253,15 +254,22 @@ class Run:
                 gc.collect()  # a task nobody looked at complains when it is collected
         finally:
             logging.getLogger("asyncio").removeHandler(listener)
+            for logger in _loggers():
+                logger.setLevel(levels.get(logger, logging.NOTSET))
             for name in self._modules:
                 sys.modules.pop(name, None)
         if logged:
             raise AssertionError(f"asyncio logged, in {self.path.name}:\n" + "\n".join(logged))
 
 
+def _loggers() -> list[logging.Logger]:
+    known = list(logging.root.manager.loggerDict)
+    return [logging.getLogger(), *map(logging.getLogger, known)]
+
+
 def rewrite(path: Path, folder: Path) -> int:
     """Take what the fences print into the page, where it differs. Returns how many did."""
-    run = Run(path, folder)
+    run = Run(path, folder, debug=False)  # the page shows the times that a reader gets
     played = run.play(lambda fence, printed: None)
     text = path.read_text(encoding="utf-8")
     changed = 0

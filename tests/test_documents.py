@@ -120,7 +120,8 @@ def known_names() -> frozenset[str]:
     files += [*ROOT.glob("exercises/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found = set().union(*(words(file.read_text(encoding="utf-8")) for file in files))
     modules = "asyncio anyio contextlib contextvars sqlite3 subprocess websockets openai mcp"
-    modules += " mcp.types mcp.client.sse mcp.client.streamable_http mcp.server mcp.shared"
+    modules += " mcp.types mcp.client.sse mcp.client.stdio mcp.client._probe"
+    modules += " mcp.client.streamable_http mcp.server mcp.shared"
     for module in (builtins, *map(importlib.import_module, modules.split())):
         found |= set(dir(module)) | {module.__name__}
     return frozenset(found | {"async", "await", "mcp", "ExceptionGroup"} | ELSEWHERE.keys())
@@ -160,8 +161,8 @@ def test_every_diagram_is_of_a_known_kind_and_closes_its_brackets(path: Path) ->
         if info != "mermaid":
             continue
         assert body.split(maxsplit=1)[0] in DIAGRAMS
-        text = re.sub(r'"[^"\n]*"', "", body)  # a quoted label may hold anything
-        text = re.sub(r"[-.=ox<]+(\)|>)+", "", text)  # so may an arrow: --> ->> --)
+        text = re.sub(r'"[^"\n]*"', "", body)  # a bracket in a quoted label is none,
+        text = re.sub(r"-[-.]*(?:>+|\))", "", text)  # nor is that of an arrow: --> ->> --)
         for opening, closing in ("()", "[]", "{}"):
             assert text.count(opening) == text.count(closing), body
         assert body.count('"') % 2 == 0, body
