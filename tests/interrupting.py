@@ -1,9 +1,10 @@
-"""Press Ctrl-C at an exact place: while a script prints a line inside one of its brackets.
+"""Press Ctrl-C at an exact place: while a script prints its n-th line of a kind.
 
-    python tests/interrupting.py LINE SCRIPT [ARGUMENT ...]
+    python tests/interrupting.py KIND LINE SCRIPT [ARGUMENT ...]
 
-plays the script, and raises SIGINT as it prints its LINE-th line (counted from 0) that stands
-behind the bar of an open bracket. No clock is involved, so it is the same place in every run.
+plays the script, and raises SIGINT as it completes the LINE-th line, counted from 0. KIND is
+`brackets`, for lines that stand behind the bar of an open bracket, or `all`. No clock is involved,
+so it is the same place in every run.
 """
 
 from __future__ import annotations
@@ -32,11 +33,20 @@ def lines_in_brackets(text: str) -> list[str]:
     return found
 
 
-class Interrupting(io.StringIO):
-    """A text file that raises SIGINT once, when its n-th line in brackets is complete."""
+def all_lines(text: str) -> list[str]:
+    """The complete lines that are not empty."""
+    return [line for line in text.splitlines(keepends=True) if line.strip() and line[-1] == "\n"]
 
-    def __init__(self, nth: int, echo: TextIO | None = None) -> None:
+
+KINDS = {"brackets": lines_in_brackets, "all": all_lines}
+
+
+class Interrupting(io.StringIO):
+    """A text file that raises SIGINT once, when the n-th line of a kind is complete."""
+
+    def __init__(self, kind: str, nth: int, echo: TextIO | None = None) -> None:
         super().__init__()
+        self.lines = KINDS[kind]
         self.nth = nth
         self.echo = echo
         self.struck = False
@@ -47,7 +57,7 @@ class Interrupting(io.StringIO):
             self.echo.write(text)
         # subtle: Python handles signals in the main thread alone, at whatever it does there.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        reached = not self.struck and len(lines_in_brackets(self.getvalue())) > self.nth
+        reached = not self.struck and len(self.lines(self.getvalue())) > self.nth
         if in_main_thread and reached:
             self.struck = True
             signal.raise_signal(signal.SIGINT)
@@ -55,6 +65,6 @@ class Interrupting(io.StringIO):
 
 
 if __name__ == "__main__":
-    _name, nth, *sys.argv = sys.argv
-    sys.stdout = Interrupting(int(nth), echo=sys.stdout)
+    _name, kind, nth, *sys.argv = sys.argv
+    sys.stdout = Interrupting(kind, int(nth), echo=sys.stdout)
     runpy.run_path(sys.argv[0], run_name="__main__")

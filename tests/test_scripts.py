@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_chapter
-from interrupting import Interrupting, lines_in_brackets
+from interrupting import KINDS, Interrupting, lines_in_brackets
 from rich.cells import cell_len
 
 SCRIPTS = sorted(ROOT.glob("0*.py"))
@@ -33,6 +33,7 @@ WIDTH = 80
 CHINESE = re.compile("[\u4e00-\u9fff]")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+KEY_POINTS = "\nKey points ─"
 TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -253,7 +254,7 @@ def test_a_script_leaves_no_file_in_its_folder_nor_at_home_nor_in_the_temporary_
 
 @each_script
 def test_a_script_closes_with_three_to_six_key_points(script: Path) -> None:
-    _demos, rule, key_points = played_alone(script).out.rpartition("\nKey points ─")
+    _demos, rule, key_points = played_alone(script).out.partition(KEY_POINTS)
     assert rule
     assert 3 <= key_points.count("\n • ") <= 6
 
@@ -285,7 +286,6 @@ def test_no_word_is_broken_at_the_end_of_a_line_or_cell(script: Path) -> None:
 @each_script
 def test_every_bracket_that_opens_is_closed(script: Path) -> None:
     assert_brackets_closed(played_alone(script).out)
-    assert lines_in_brackets(played_alone(script).out), "scopes are to be seen"
 
 
 def assert_brackets_closed(out: str) -> None:
@@ -363,12 +363,11 @@ def demos_of(script: Path) -> int:
 
 
 def play(
-    monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: str, nth: int | None = None
+    monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: str, out: io.StringIO | None = None
 ) -> Played:
-    """Play in this process, with Ctrl-C at the nth line in brackets."""
+    """Play in this process."""
     chapter = load_chapter(number_of(script))
-    out = Interrupting(sys.maxsize if nth is None else nth)
-    err = io.StringIO()
+    out, err = out or io.StringIO(), io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script.name, *arguments])
         patch.setattr(sys, "stdout", out)
@@ -377,6 +376,8 @@ def play(
             status = chapter.main()
         except SystemExit as end:
             status = end.code
+        except KeyboardInterrupt as error:  # would end pytest
+            raise AssertionError("Ctrl-C came out of main()") from error
     return Played(int(status or 0), out.getvalue(), err.getvalue())
 
 
@@ -410,20 +411,37 @@ def test_a_demo_plays_alone_by_its_number(script: Path, monkeypatch: pytest.Monk
 # --- Ctrl-C ---
 
 
-def demos_with_brackets(script: Path) -> dict[str, int]:
-    """How many lines in brackets each demo prints, if any."""
-    pieces = TITLE.split(played_alone(script).out)
-    numbers, texts = pieces[1::3], pieces[3::3]
-    counts = {n: len(lines_in_brackets(text)) for n, text in zip(numbers, texts, strict=True)}
-    return {number: count for number, count in counts.items() if count}
+@dataclass(frozen=True)
+class Place:
+    """Where Ctrl-C is pressed: at a line of a kind, in a demo played alone."""
+
+    demo: str
+    kind: str
+    line: int
 
 
-def assert_interrupted_well(played: Played) -> None:
-    assert played.status == 130
+def places(script: Path) -> list[Place]:
+    """Early, in the middle and late: within brackets, if the script shows its scopes by them."""
+    demos_only, _rule, _key_points = played_alone(script).out.partition(KEY_POINTS)
+    pieces = TITLE.split(demos_only)
+    texts = dict(zip(pieces[1::3], pieces[3::3], strict=True))
+    kind = "brackets" if any(map(lines_in_brackets, texts.values())) else "all"
+    counts = {demo: len(KINDS[kind](text)) for demo, text in texts.items()}
+    demos = [demo for demo, count in counts.items() if count]
+    return [
+        Place(demo, kind, int(counts[demo] * part))
+        for demo, part in ((demos[0], 0), (demos[len(demos) // 2], 0.5), (demos[-1], 0.8))
+    ]
+
+
+def assert_interrupted_well(played: Played, place: Place) -> None:
+    assert played.status == 130, place
     assert "Traceback" not in played.out + played.err
     assert_brackets_closed(played.out)
-    # subtle: asyncio.run turns the first Ctrl-C into a cancellation of its main task.
-    assert re.search(r"^(?:│ )*└ .*(?:KeyboardInterrupt|CancelledError)", played.out, re.MULTILINE)
+    if place.kind == "brackets":
+        # subtle: asyncio.run turns the first Ctrl-C into a cancellation of its main task.
+        closing = r"^(?:│ )*└ .*(?:KeyboardInterrupt|CancelledError)"
+        assert re.search(closing, played.out, re.MULTILINE), played.out
 
 
 @pytest.mark.usefixtures("tasks_may_be_abandoned")
@@ -431,20 +449,20 @@ def assert_interrupted_well(played: Played) -> None:
 def test_ctrl_c_shows_the_cleanup_and_ends_with_status_130(
     script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = demos_with_brackets(script)
-    first, last = min(counts, key=int), max(counts, key=int)
-    for number, nth in ((first, 0), (last, counts[last] * 4 // 5)):
-        assert_interrupted_well(play(monkeypatch, script, number, nth=nth))
+    early, _middle, late = places(script)
+    for place in (early, late):
+        out = Interrupting(place.kind, place.line)
+        assert_interrupted_well(play(monkeypatch, script, place.demo, out=out), place)
+        assert out.struck
 
 
 @each_script
 def test_ctrl_c_in_the_middle_of_a_process_ends_it_with_status_130(script: Path) -> None:
-    counts = demos_with_brackets(script)
-    number = sorted(counts, key=int)[len(counts) // 2]
+    _early, place, _late = places(script)
     runner = ROOT / "tests" / "interrupting.py"
     with tempfile.TemporaryDirectory() as folder:
         ended = subprocess.run(
-            [sys.executable, runner, str(counts[number] // 2), script, number],
+            [sys.executable, runner, place.kind, str(place.line), script, place.demo],
             env=environment(Path(folder), COLUMNS=str(WIDTH)),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -452,7 +470,7 @@ def test_ctrl_c_in_the_middle_of_a_process_ends_it_with_status_130(script: Path)
             timeout=LIMIT,
             check=False,
         )
-    assert_interrupted_well(Played(ended.returncode, ended.stdout, ended.stderr))
+    assert_interrupted_well(Played(ended.returncode, ended.stdout, ended.stderr), place)
 
 
 def test_the_chinese_catalogue_is_found_from_the_repository() -> None:
