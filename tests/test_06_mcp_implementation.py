@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,25 @@ async def test_a_call_that_times_out_is_cancelled_in_the_server() -> None:
             await client.call_tool("wait")
         with anyio.fail_after(5):
             await cancelled.wait()
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_was_stopped_is_noticed_by_a_timeout_alone(tmp_path: Path) -> None:
+    (shelf,) = (fence.source for fence in find_fences(PAGE) if fence.file == "shelf.py")
+    (tmp_path / "shelf.py").write_text(shelf, encoding="utf-8")
+    program = StdioServerParameters(command=sys.executable, args=["shelf.py"], cwd=tmp_path)
+    pid = 0
+
+    async def stop(progress: float, total: float | None, message: str | None) -> None:
+        nonlocal pid
+        pid = int(message or 0)
+        os.kill(pid, signal.SIGSTOP)
+
+    async with Client(program) as client:
+        with pytest.raises(MCPError, match="timed out"):
+            await client.call_tool("wait", read_timeout_seconds=1, progress_callback=stop)
+        os.kill(pid, signal.SIGCONT)
+        assert (await client.call_tool("add", {"title": "Emma"})).structured_content
 
 
 LIFESPAN = """
