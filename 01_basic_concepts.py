@@ -661,6 +661,16 @@ def play(number: int) -> None:
     console.print()
 
 
+def show_key_points() -> None:
+    points = _("""\
+* Acquire **before** the `try`, release in `finally`.
+* An error in the block comes out of `yield`. Let it pass, unless suppressing is your purpose.
+* Restore what was there, and what was *not* there.
+* Half done must be harmless: SIGKILL and a power cut run no `finally`.""")
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(Markdown(points))
+
+
 class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
@@ -677,19 +687,10 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
+        show_key_points()
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(
-        Markdown(
-            _("""\
-* Acquire **before** the `try`, release in `finally`.
-* An error in the block comes out of `yield`. Let it pass, unless suppressing is your purpose.
-* Restore what was there, and what was *not* there.
-* Half done must be harmless: SIGKILL and a power cut run no `finally`.""")
-        )
-    )
     return 0
 
 
