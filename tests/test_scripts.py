@@ -116,11 +116,6 @@ def imports_of(script: Path) -> list[ast.Import | ast.ImportFrom]:
 
 
 @each_script
-def test_a_script_has_at_most_480_lines(script: Path) -> None:
-    assert len(source_of(script).splitlines()) <= 480
-
-
-@each_script
 def test_a_script_does_not_sleep_for_show(script: Path) -> None:
     for node in ast.walk(tree_of(script)):
         match node:
