@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -86,6 +87,12 @@ def failing(*_arguments: object, **_options: object) -> Any:
 
 async def failing_coroutine(*_arguments: object, **_options: object) -> Any:
     raise OSError("injected")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 async def talk(streams: Any) -> None:
@@ -460,6 +467,41 @@ async def test_a_grandchild_that_keeps_the_pipes_open_does_not_keep_us() -> None
 
 
 @pytest.mark.asyncio
+async def test_a_spawn_that_is_cancelled_does_not_wait_for_a_grandchild(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio's own cleanup of a cancelled spawn waits until nobody holds the pipes any more."""
+    loop, go, asked = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    connect = loop.connect_read_pipe
+
+    async def slowly(*arguments: Any) -> Any:
+        asked.set()
+        await go.wait()
+        return await connect(*arguments)
+
+    monkeypatch.setattr(loop, "connect_read_pipe", slowly)
+    pid = tmp_path / "pid"
+    forks = f"""
+import os, time
+if os.fork() == 0:
+    with open({str(pid)!r} + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename({str(pid)!r} + ".new", {str(pid)!r})
+time.sleep(60)
+"""
+    task = asyncio.create_task(chapter.child_process(*chapter.PYTHON, forks).__aenter__())
+    await until(lambda: asked.is_set() and pid.exists())
+    task.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    ended, _pending = await asyncio.wait([task], timeout=5)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    await asyncio.wait([task])
+    assert ended
+    assert task.cancelled()
+
+
+@pytest.mark.asyncio
 async def test_a_missing_program_is_told() -> None:
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         async with chapter.child_process("no-such-program"):
@@ -514,6 +556,91 @@ async def test_a_connection_that_its_peer_reset_is_left_without_an_error() -> No
         async with chapter.connection(*address) as (_reader, writer):
             with patched(writer, "wait_closed", failing_coroutine):
                 await chapter.hang_up(writer)
+
+
+@pytest.mark.asyncio
+async def test_connections_that_arrive_while_the_server_closes_are_lost_without_a_trace() -> None:
+    """Each is accepted in the one or the other turn of the loop; all stay open on their side."""
+    clients: list[socket.socket] = []
+
+    async def flood(address: tuple[str, int]) -> None:
+        with suppress(ConnectionRefusedError):
+            while True:
+                clients.append(socket.create_connection(address))
+                await asyncio.sleep(0)
+
+    before = len(open_descriptors())
+    try:
+        async with chapter.echo_server() as address:
+            flooding = asyncio.create_task(flood(address))
+            for _tick in range(20):
+                await asyncio.sleep(0)
+        assert asyncio.all_tasks() <= {asyncio.current_task(), flooding}
+        await flooding
+        assert len(clients) > 20
+        assert len(open_descriptors()) == before + len(clients)
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.asyncio
+async def test_the_server_is_left_when_the_tasks_of_its_connections_have_ended() -> None:
+    ended: list[bool] = []
+    shut = chapter._shut
+
+    async def spying(server: asyncio.Server, echoes: dict[asyncio.Task[None], Any]) -> None:
+        tasks = list(echoes)
+        await shut(server, echoes)
+        ended.extend(task.done() for task in tasks)
+
+    async with AsyncExitStack() as stack:
+        with patched(chapter, "_shut", spying):
+            async with chapter.echo_server() as address:
+                await talk(await stack.enter_async_context(chapter.connection(*address)))
+    assert ended == [True]
+
+
+@pytest.mark.asyncio
+async def test_the_server_forgets_the_connections_that_have_ended() -> None:
+    left: list[Any] = []
+    shut = chapter._shut
+
+    async def spying(server: asyncio.Server, echoes: dict[Any, Any]) -> None:
+        left.extend(echoes)
+        await shut(server, echoes)
+
+    with patched(chapter, "_shut", spying):
+        async with chapter.echo_server() as address:
+            for _time in range(3):
+                await talk_to_server(address)
+            await until(lambda: len(asyncio.all_tasks()) == 1)
+    assert left == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancels", [0, 1, 2])
+async def test_a_connection_is_closed_as_soon_as_its_block_is_left(cancels: int) -> None:
+    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    descriptors: list[int] = []
+
+    async def block() -> None:
+        try:
+            async with chapter.connection(*address) as (_reader, writer):
+                opened.set_result(writer.get_extra_info("socket"))
+                if cancels:
+                    await asyncio.Event().wait()
+        finally:
+            descriptors.append(opened.result().fileno())
+
+    async with chapter.echo_server() as address:
+        task = asyncio.create_task(block())
+        await opened
+        for _time in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait([task])
+    assert descriptors == [-1], "a closed socket has none"
 
 
 # --- uninterrupted ---
@@ -781,6 +908,12 @@ async def test_where_the_block_failed_the_real_stack_chains_every_error_as_nesti
     assert ours == ["exit of 0", "block"], "what the real one adds"
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stack", [chapter.TinyExitStack, AsyncExitStack])
+async def test_a_stack_lets_an_error_pass_without_raising_it_again(stack: Any) -> None:
+    assert not await stack().__aexit__(ValueError, ValueError("the block"), None)
+
+
 def test_our_own_stack_is_twenty_lines_of_code() -> None:
     lines = inspect.getsource(chapter.TinyExitStack).splitlines()
     assert 15 <= len([line for line in lines if line.strip()]) <= 24
@@ -837,12 +970,12 @@ def test_our_own_stack_fails_for_a_sync_manager_and_the_real_one_takes_what_peop
     log: list[tuple[str, int]] = []
 
     def watching(text: str) -> None:
-        log.append((text.partition(" ")[0], len(list(tmp_path.iterdir()))))
+        log.append((text.partition(" ")[0], len(os.listdir(tmp_path))))
         say(text)
 
     async def watched(writer: asyncio.StreamWriter) -> None:
         await hang_up(writer)
-        log.append(("closed", len(list(tmp_path.iterdir()))))
+        log.append(("closed", len(os.listdir(tmp_path))))
 
     monkeypatch.setattr(chapter, "say", watching)
     monkeypatch.setattr(chapter, "hang_up", watched)
