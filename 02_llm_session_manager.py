@@ -54,6 +54,7 @@ from typing import Any, NoReturn
 import genai_prices
 import httpx2
 import tiktoken
+from genai_prices import calc_price
 from openai import APIError, APIResponseValidationError, OpenAI, OpenAIError, Stream
 from rich.console import Console
 from rich.markdown import Markdown
@@ -109,12 +110,10 @@ def list_price(usage: Usage, model: str, at: datetime | None = None) -> Decimal:
         output_tokens=usage.output_tokens,
     )
     try:
-        priced = genai_prices.calc_price(
-            counts, model, provider_id="openai", genai_request_timestamp=at
-        )
+        price = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
     except LookupError:
         raise LookupError(f"the price of {model!r} is unknown: pass price=...") from None
-    return priced.total_price
+    return price.total_price
 
 
 @contextmanager
@@ -201,8 +200,7 @@ def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
         try:
             if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
                 raise sqlite3.DatabaseError(check)
-            if not header:
-                journal.executescript(SET_UP)
+            journal.executescript(SET_UP)
             journal.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
         except sqlite3.DatabaseError as error:
             raise JournalError(f"{path} cannot be used: {error}") from error
@@ -467,7 +465,9 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
         return httpx2.Response(200, json={"choices": [choice], "usage": usage})
     choices: list[Any] = [{"delta": {"content": word}} for word in re.findall(r"\S+\s*", text)]
     choices.append({"delta": {}, "finish_reason": "stop"})
-    chunks = [{"choices": [choice]} for choice in choices] + [{"choices": [], "usage": usage}]
+    chunks: list[Any] = [{"choices": [choice], "usage": None} for choice in choices]
+    if asked.get("stream_options", {}).get("include_usage"):
+        chunks.append({"choices": [], "usage": usage})
     lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
     return httpx2.Response(200, content=(f"data: {line}\n\n".encode() for line in lines))
 
@@ -477,6 +477,7 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
 console = Console(highlight=False)
 _ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
 settings = argparse.Namespace(live=False)
+MODEL = "gpt-4o-mini"
 SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
 
 
@@ -494,23 +495,30 @@ def shown(
     """Hold a session, with the stand-in unless `options` has a client; draw it as a bracket."""
     say(f"┌ [bold]llm_session({name!r})[/]", "")
     session: LLMSession | None = None
-    with offline_client(*script) as stand_in:
-        try:
-            with llm_session(name, **{"client": stand_in, **options}) as session:
-                yield session
-        finally:
-            say("└ " + (bill(session) if session else _("could not be opened")), "")
+    reason = ""
+    try:
+        with (
+            offline_client(*script) as stand_in,
+            llm_session(name, **{"client": stand_in, **options}) as session,
+        ):
+            yield session
+    except BaseException as error:
+        reason = f": {type(error).__name__}"
+        raise
+    finally:
+        say(f"└ {summary(session)}{reason}", "")
 
 
-def bill(session: LLMSession) -> str:
-    text = _(
-        "[bold]{state}[/], turns: {turns}, requests: {requests}, tokens: {tokens:,}, ${cost:f}"
-    )
+def summary(session: LLMSession | None) -> str:
+    if session is None:
+        return _("not opened")
+    used = session.usage
+    text = _("[bold]{state}[/], {turns} turns: {requests} requests, {tokens:,} tokens, ${cost:f}")
     return text.format(
         state=session.state.value,
         turns=len(session.messages) // 2,
-        requests=session.usage.requests,
-        tokens=session.usage.input_tokens + session.usage.output_tokens,
+        requests=used.requests,
+        tokens=used.input_tokens + used.output_tokens,
         cost=session.cost,
     )
 
@@ -554,9 +562,9 @@ def demo_tokens_and_cost() -> None:
     """Tokens before the call, cost after it
 
     Four characters a token, says the rule of thumb; see how wrong it is for Chinese.
-    `count_tokens` counts as the model does, before anything is sent, and the session keeps the
-    sum: no turn counts the history again. With the reply comes the API's own `usage`, and that
-    is what you pay, in `Decimal`, with its own price for input that the API had in its cache.
+    `count_tokens` counts by the published rule before anything is sent, and the session keeps
+    the sum: no turn counts the history again. With the reply comes the API's own `usage`, and
+    that is what you pay, in `Decimal`; input that the API had in its cache has its own price.
 
     A request that would be longer than `max_input_tokens` is never sent.
     """
@@ -664,23 +672,17 @@ def demo_kill() -> None:
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['talk_on'](sys.argv[2])"
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder, "talk.db")
-        with subprocess.Popen(
-            [sys.executable, "-c", code, __file__, journal],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as child:
+        command = [sys.executable, "-c", code, __file__, str(journal)]
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as child:
             assert child.stdout is not None
             try:
-                reported = [child.stdout.readline() for _turn in range(3)]
+                reports = [child.stdout.readline() for _turn in range(3)]
             finally:
                 child.kill()
-            reported += child.stdout.readlines()
-        say(
-            _("killed: {turns} turns, exit status {status}").format(
-                turns=int(reported[-1]), status=child.returncode
-            ),
-            "",
-        )
+            reports += child.stdout.readlines()
+        killed = _("killed after it had reported {turns} turns; exit status {status}")
+        say(killed.format(turns=int(reports[-1]), status=child.returncode), "")
         with shown("talk", journal=journal) as talk:
             say(_("resumed with {turns} turns").format(turns=len(talk.messages) // 2))
             say(talk.ask("Where were we?"))
@@ -704,16 +706,16 @@ def review(parts: list[str], talk: LLMSession, table: Table) -> None:
 
 
 def live_options() -> dict[str, Any]:
-    """The session's options: none for the stand-in, with --live a client of its own."""
-    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
+    """With --live: a client of the session's own, and the endpoint's model. Without: nothing."""
     if not settings.live:
         return {}
+    options: dict[str, Any] = {"client": None, "model": os.environ.get("OPENAI_MODEL", MODEL)}
     try:
-        list_price(Usage(), model)
+        list_price(Usage(), options["model"])
     except LookupError:
-        say(_("No price is known for {model}: its cost is shown as 0.").format(model=model), "")
-        return {"client": None, "model": model, "price": lambda usage: Decimal(0)}
-    return {"client": None, "model": model}
+        say(_("No price is known for {model}: it is shown as 0.").format(**options), "")
+        options["price"] = lambda usage: Decimal(0)
+    return options
 
 
 def demo_review() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -174,6 +176,29 @@ def test_tokenizers_load_without_network_and_leave_no_trace(tmp_path: Path) -> N
     loaded = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert loaded.stdout.split() == [str(users), "[]"]
     assert damaged.read_bytes() == b"damaged"
+
+
+def test_tokenizers_load_one_at_a_time_since_the_environment_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meeting = threading.Barrier(2)
+    met = []
+
+    def load(name: str) -> None:
+        with suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(timeout=0.1))
+
+    monkeypatch.setattr(chapter.tiktoken, "get_encoding", load)
+    loaders = [
+        threading.Thread(target=chapter.encoding_for.__wrapped__, args=(model,))
+        for model in ("gpt-4o", "gpt-4")
+    ]
+    for loader in loaders:
+        loader.start()
+    for loader in loaders:
+        loader.join()
+    assert not met
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.parametrize("before", [None, "before"])
@@ -515,6 +540,13 @@ def test_a_stream_gives_the_reply_in_pieces_and_is_a_turn() -> None:
     assert (talk.messages, talk.usage, talk.cost) == (asked.messages, asked.usage, asked.cost)
 
 
+def test_a_stream_is_billed_by_the_usage_that_the_api_reports() -> None:
+    with session() as talk:
+        read_stream(talk, "word " * 1500)
+        read_stream(talk, "and again")
+        assert talk.usage.cached_input_tokens == 1408  # which no count of ours could know
+
+
 def interrupted(talk: Any, how: str) -> str:
     """Read two pieces of a stream, then stop in one of several ways."""
     stream = talk.stream("Hello")
@@ -679,6 +711,14 @@ def test_the_same_name_and_journal_resume_the_conversation(tmp_path: Path) -> No
         assert len(talk.messages) == 6
     with session(name="another", journal=journal) as talk:
         assert (talk.messages, talk.usage, talk.cost) == ([], chapter.Usage(), 0)
+
+
+def test_a_session_may_be_used_in_another_thread(tmp_path: Path) -> None:
+    with session(journal=tmp_path / "journal") as talk:
+        worker = threading.Thread(target=talk.ask, args=("Hello",))
+        worker.start()
+        worker.join()
+        assert len(talk.messages) == 2
 
 
 def test_a_cost_of_many_digits_is_kept_exactly(tmp_path: Path) -> None:
@@ -881,10 +921,10 @@ SHARED = (
     + """
 def talk_together(path, acknowledged, who):
     said = 0
-    while said < 20:
+    while said < 10:
         with opened(path) as talk:
             try:
-                while said < 20:
+                while said < 10:
                     talk.ask(f"{who} {said}")
                     os.write(acknowledged, f"{who} {said}\\n".encode())
                     said += 1
@@ -937,8 +977,8 @@ def test_processes_that_share_a_conversation_overwrite_nothing(tmp_path: Path) -
     stale = said.pop("stale", 0)
     messages, requests = json.loads(last)
     assert Counter(message["content"] for message in messages[::2]) == said
-    assert len(said) == 60
-    assert requests == 60 + stale
+    assert len(said) == 30
+    assert requests == 30 + stale
 
 
 # --- The API key ---
@@ -1112,32 +1152,99 @@ def test_a_stream_that_cannot_be_closed_keeps_nothing_else_open(
 # --- The script ---
 
 
-def play(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(chapter_path(2)), *arguments]
-    variables = {**os.environ, "LANGUAGE": "en", "COLUMNS": "100", **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+@pytest.fixture
+def play(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """Play the script in this process: its exit status, and what it wrote to both streams."""
+
+    def play(*arguments: str, **environment: str) -> tuple[object, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(chapter, "settings", argparse.Namespace(live=False))
+            patch.setattr(sys, "argv", [str(chapter_path(2)), *arguments])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                status = chapter.main()
+            except SystemExit as end:
+                status = end.code
+        return status, *capsys.readouterr()
+
+    return play
 
 
-def test_only_live_goes_to_the_endpoint_and_the_rest_stays_here() -> None:
+def test_only_live_goes_to_the_endpoint_and_the_rest_stays_here(play: Callable[..., Any]) -> None:
     with loopback(hello) as (url, seen):
         live = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "llama3.2"}
-        offline = play("1", "6", **live)
-        assert (offline.returncode, offline.stderr) == (0, "")
-        assert "stand-in" in offline.stdout
+        status, offline, errors = play("1", "2", "3", "4", "6", **live)
+        assert (status, errors) == (0, "")
         assert not seen
-        played = play("6", "--live", **live)
-    assert (played.returncode, played.stderr) == (0, "")
-    assert "No price is known for llama3.2" in played.stdout
-    assert "stand-in" not in played.stdout.split("┌", 1)[1]
+        status, online, errors = play("6", "--live", **live)
+    assert (status, errors) == (0, "")
     assert {path for path, _key, _asked in seen} == {"/v1/chat/completions"}
     assert {asked["model"] for _path, _key, asked in seen} == {"llama3.2"}
-    said = [message["content"] for message in seen[-1][2]["messages"]]
-    assert "".join(text.split("\n", 1)[1] for text in said[::2]) == chapter.SOURCE
-    assert KEY not in played.stdout + offline.stdout
+    prompts = [said["content"] for said in seen[-1][2]["messages"][::2]]
+    assert "".join(prompt.split("\n", 1)[1] for prompt in prompts) == chapter.SOURCE
+    assert KEY not in online + offline
 
 
-def test_live_without_a_key_says_what_is_missing() -> None:
-    played = play("--live", OPENAI_API_KEY="")
-    assert played.returncode == 2
-    assert played.stderr.count("\n") == 1
-    assert "--live needs OPENAI_API_KEY" in played.stderr
+def test_the_reader_is_told_what_is_a_stand_in_and_what_has_no_price(
+    play: Callable[..., Any],
+) -> None:
+    _status, offline, _errors = play("6")
+    assert "The model here is a stand-in" in offline
+    with loopback(hello) as (url, _seen):
+        _status, online, _errors = play(
+            "6", "--live", OPENAI_BASE_URL=url, OPENAI_API_KEY=KEY, OPENAI_MODEL="llama3.2"
+        )
+    assert "The model here is a stand-in" not in online
+    assert "No price is known for llama3.2" in online
+
+
+def test_live_without_a_key_says_what_is_missing(play: Callable[..., Any]) -> None:
+    status, _output, errors = play("--live", OPENAI_API_KEY="")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "--live needs OPENAI_API_KEY" in errors
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The body of a table, cell by cell."""
+    lines = [line for line in text.splitlines() if line.startswith("│") and line.count("│") > 3]
+    return [
+        [cell.strip().replace(",", "") for cell in line.strip("│").split("│")] for line in lines
+    ]
+
+
+def test_what_the_lessons_say_is_what_the_run_shows(play: Callable[..., Any]) -> None:
+    _status, text, _errors = play("1", "2", "3", "4", "6")
+    _stand_in, life, tokens, turns, stream, review = re.split(r"(?m)^\d · .+$", text)
+    assert life.count("└ closed") == 1
+    assert life.count("└ failed, 1 turns") == 1
+    assert "SessionClosedError: session 'tutor' is closed" in life
+    assert life.index("is closed: False") < life.index("is closed: True")
+
+    for _kind, guess, counted, reported, *_rest in rows_of(tokens):
+        assert counted == reported != guess
+    assert [row[0] for row in rows_of(tokens) if row[4] != "0"] == ["thanks"]
+    assert "ContextWindowError" in tokens
+
+    assert "user → user → assistant" in turns
+    assert turns.count("└ closed, 1 turns") == turns.count("turn 2: rolled back") == 4
+
+    assert "messages: []" in stream
+    assert "'Stand-in '" in stream
+
+    parts = rows_of(review)
+    assert [row[0] for row in parts] == ["1", "2", "3", *map(str, range(3, len(parts)))]
+    assert [row[1] for row in parts] == ["1", "2", "3", *["1"] * (len(parts) - 3)]
+    assert review.count("└ failed, 2 turns") == review.count("InternalServerError: Error") == 1
+    assert sum(Decimal(row[5]) for row in parts) == Decimal(parts[-1][6])
+    assert f"tokens, ${parts[-1][6]}\n┏" in review
+
+
+def test_the_killed_child_of_the_demo_loses_nothing_that_it_reported(
+    play: Callable[..., Any],
+) -> None:
+    _status, text, _errors = play("5")
+    ((reported, found),) = re.findall(r"(?s)reported (\d+) turns.*resumed with (\d+)", text)
+    assert 3 <= int(reported) <= int(found) <= int(reported) + 1
