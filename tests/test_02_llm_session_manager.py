@@ -1055,6 +1055,27 @@ def broken(event: httpx2.Response | BaseException) -> httpx2.Response:
     return event
 
 
+@both_ways
+def test_a_key_that_the_server_quotes_is_taken_out_of_its_error(speak: Callable[..., str]) -> None:
+    error = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": KEY}}
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(401, json=error))
+    with (
+        openai.OpenAI(api_key=KEY, http_client=httpx2.Client(transport=transport)) as client,
+        chapter.llm_session("talk", client=client) as talk,
+        pytest.raises(openai.AuthenticationError, match=r"provided: \*\*\*") as caught,
+    ):
+        speak(talk, "Hello")
+    shown = [repr(caught.value), *traceback.format_exception(caught.value)]
+    assert not [text for text in shown if KEY in text]
+
+
+def test_an_ordinary_word_that_serves_as_key_is_left_in_messages() -> None:
+    error = {"error": {"message": "offline: no such model"}}
+    with session(httpx2.Response(404, json=error)) as talk:
+        with pytest.raises(openai.NotFoundError, match="offline: no such model"):
+            talk.ask("Hello")
+
+
 @pytest.mark.parametrize("key", [KEY + "\n", f"{KEY} {KEY}", KEY + "é"])
 def test_a_malformed_key_is_refused_by_an_error_that_does_not_show_it(key: str) -> None:
     with openai.OpenAI(api_key=key) as client, pytest.raises(ValueError, match="API key") as caught:
@@ -1219,7 +1240,7 @@ def test_what_the_lessons_say_is_what_the_run_shows(play: Callable[..., Any]) ->
     _status, text, _errors = play("1", "2", "3", "4", "6")
     _stand_in, life, tokens, turns, stream, review = re.split(r"(?m)^\d · .+$", text)
     assert life.count("└ closed") == 1
-    assert life.count("└ failed, 1 turns") == 1
+    assert life.count("└ failed (ZeroDivisionError) · turns 1") == 1
     assert "SessionClosedError: session 'tutor' is closed" in life
     assert life.index("is closed: False") < life.index("is closed: True")
 
@@ -1229,7 +1250,7 @@ def test_what_the_lessons_say_is_what_the_run_shows(play: Callable[..., Any]) ->
     assert "ContextWindowError" in tokens
 
     assert "user → user → assistant" in turns
-    assert turns.count("└ closed, 1 turns") == turns.count("turn 2: rolled back") == 4
+    assert turns.count("└ closed · turns 1") == turns.count("turn 2: rolled back") == 4
 
     assert "messages: []" in stream
     assert "'Stand-in '" in stream
@@ -1237,9 +1258,13 @@ def test_what_the_lessons_say_is_what_the_run_shows(play: Callable[..., Any]) ->
     parts = rows_of(review)
     assert [row[0] for row in parts] == ["1", "2", "3", *map(str, range(3, len(parts)))]
     assert [row[1] for row in parts] == ["1", "2", "3", *["1"] * (len(parts) - 3)]
-    assert review.count("└ failed, 2 turns") == review.count("InternalServerError: Error") == 1
+    assert (
+        review.count("└ failed (InternalServerError) · turns 2")
+        == review.count("InternalServerError: Error")
+        == 1
+    )
     assert sum(Decimal(row[5]) for row in parts) == Decimal(parts[-1][6])
-    assert f"tokens, ${parts[-1][6]}\n┏" in review
+    assert f" · ${parts[-1][6]}\n┏" in review
 
 
 def test_the_killed_child_of_the_demo_loses_nothing_that_it_reported(
