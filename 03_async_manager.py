@@ -105,14 +105,14 @@ async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
     Its output is piped. Ctrl-C does not reach it, but ends the block, and so the child.
     """
     # subtle: by default CUDA numbers the fastest device first, where NVML goes by the PCI bus
-    pinned = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
-    options = {"env": os.environ | pinned, "stdin": DEVNULL, "start_new_session": True}
-    # subtle: a start that is cancelled may leave a child behind, so it is a task of its own
-    start = asyncio.create_task(
-        asyncio.create_subprocess_exec(*command, stdout=PIPE, **options)  # type: ignore[arg-type]
+    env = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
+    starting = asyncio.create_subprocess_exec(
+        *command, env=env, stdin=DEVNULL, stdout=PIPE, start_new_session=True
     )
+    # subtle: cancelled twice, a start leaves its child behind; a task of its own is cancelled once
+    start = asyncio.create_task(starting)
     try:
-        yield await asyncio.shield(start)
+        yield await start
     finally:
         await finish(end(start))
 
@@ -121,7 +121,7 @@ async def end(start: asyncio.Task[Process]) -> None:
     process = await start
     if process.returncode is None:
         process.kill()
-    await process.communicate()  # subtle: wait() alone would hang on a pipe that nobody empties
+    await process.communicate()  # subtle: wait() alone leaves a full pipe open, or hangs on it
 
 
 class PoolClosedError(RuntimeError):
@@ -177,7 +177,6 @@ class GPUPool:
         for waiter in self._queue:
             if not waiter.done():
                 waiter.set_result(None)
-        self._queue.clear()
         if len(self._free) < len(self._gpus):
             self._all_back.clear()
             await self._all_back.wait()
@@ -250,8 +249,8 @@ class ReplyError(RuntimeError):
 class AsyncLLMSession:
     """A conversation whose turns are taken one at a time, in the order of the calls.
 
-    `messages` holds whole turns only; `usage` and `cost` are the sums over them, as the API told
-    and in US dollars; a model of unknown price costs NaN, for zero would be false.
+    `messages` holds whole turns only; `usage` (as the API told) and `cost` (US dollars) are the
+    sums over them. A model whose price genai-prices does not know costs NaN: zero would be false.
     """
 
     def __init__(self, name: str, model: str, client: AsyncOpenAI, slots: Any) -> None:
@@ -398,8 +397,8 @@ async def demo_pool() -> None:
     """A GPU pool
 
     Nine jobs, few devices. `pool.acquire()` waits in line for a device, and gives it back however
-    the block ends. Each job runs a **worker process** that sees its own device alone. The chart is
-    drawn from what happened: each letter is a job.
+    the block ends. In it each job runs a **worker process**, which sees this device alone and is
+    gone before the device is handed on. The chart is drawn from what happened: a letter is a job.
     """
     gpus, tasks = discover_gpus(), {}
     for gpu in gpus:
@@ -413,7 +412,7 @@ async def demo_pool() -> None:
                 step_done = partial(bars.update, bar, advance=1, refresh=True)
                 work = train(pool, chart, job, str(steps), step_done=step_done)
                 tasks[job] = group.create_task(work)
-    seen = ", ".join(f"{job} {task.result()}" for job, task in tasks.items())
+    seen = " ".join(f"{job}={task.result()}" for job, task in tasks.items())
     console.print(_("CUDA_VISIBLE_DEVICES, as each worker saw it: {seen}").format(seen=seen))
     console.print(_("After the block: {statistics}").format(statistics=pool.statistics()))
 
@@ -462,7 +461,7 @@ async def demo_siblings() -> None:
 
     Job A fails. `gather` raises at once; **the others run on** and hold their devices, though
     nobody waits for them any more. A `TaskGroup` cancels them, waits for their cleanup, and raises
-    then. `asyncio.timeout` around it ends a group that takes too long. Row `await` is the caller's.
+    then. `asyncio.timeout` around it ends a group that takes too long. Row `await` is the caller.
     """
     for name, run, fails in (
         ("gather(*jobs)", lambda jobs: asyncio.gather(*jobs), ("1", "--fail")),
@@ -616,7 +615,7 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: 3.11, after a group failed
         console.print(_("Interrupted. The tasks were cancelled, and gave their devices back."))
         return 130
     console.rule(_("[bold]Key points"), align="left")

@@ -19,7 +19,7 @@ import genai_prices
 import httpx2
 import openai
 import pytest
-from conftest import child_processes, load_chapter
+from conftest import child_processes, load_chapter, open_descriptors
 from contract import ASYNC_WAYS, Subject, Way
 from rich.console import Console
 
@@ -382,9 +382,12 @@ async def test_a_pool_says_what_is_wrong_before_it_is_opened_and_after_it_was_cl
 async def test_closing_refuses_newcomers_fails_waiters_and_waits_for_devices_in_use() -> None:
     pool = chapter.GPUPool(devices(2))
     await pool.__aenter__()
+    await use_pool(pool)  # once before, all devices had come back
     hands = Hands(pool)
-    for name in "abcd":
+    for name in "abxcd":
         await hands.take(name)
+    hands.tasks.pop("x").cancel()
+    await ticks()
     closing = asyncio.create_task(pool.__aexit__(None, None, None))
     await ticks()
     for name in "cd":
@@ -678,13 +681,45 @@ async def test_a_worker_process_sees_its_device_alone() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_worker_gets_neither_the_keyboard_nor_ctrl_c() -> None:
+    code = "import os, sys; print(len(sys.stdin.read()), os.getsid(0) == os.getpid())"
+    async with chapter.gpu_worker(devices(1)[0], sys.executable, "-ISc", code) as worker:
+        output, _errors = await worker.communicate()
+    assert output.split() == [b"0", b"True"]
+
+
+@pytest.mark.asyncio
 async def test_leaving_ends_a_worker_even_one_whose_output_nobody_reads() -> None:
+    before = open_descriptors()
     gpu = devices(1)[0]
     async with chapter.gpu_worker(gpu, sys.executable, "-ISc", CHATTERBOX) as worker:
-        await worker.stdout.readline()
+        await until(lambda: len(worker.stdout._buffer) > 2 * 2**16)  # asyncio reads no more
         assert child_processes()
     assert worker.returncode not in (None, 0)
     assert not child_processes()
+    assert [
+        to for to in open_descriptors().values() if "pipe" in to and to not in before.values()
+    ] == []
+
+
+@pytest.mark.asyncio
+async def test_a_worker_is_gone_before_its_device_is_handed_on() -> None:
+    async def use_worker(pool: Any, started: asyncio.Event) -> None:
+        async with pool.acquire() as gpu:
+            assert not child_processes()
+            async with chapter.gpu_worker(gpu, sys.executable, "-ISc", CHATTERBOX) as worker:
+                await worker.stdout.readline()
+                started.set()
+                await asyncio.Event().wait()
+
+    async with chapter.GPUPool(devices(1)) as pool:
+        events = [asyncio.Event() for _worker in range(3)]
+        tasks = [asyncio.create_task(use_worker(pool, started)) for started in events]
+        for task, started in zip(tasks, events, strict=True):
+            await asyncio.wait_for(started.wait(), 10)
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
 
 
 @pytest.mark.asyncio
@@ -1032,7 +1067,7 @@ def test_demo_1_each_device_holds_one_job_at_a_time_and_every_job_saw_its_own_de
     assert rows == {gpu.name for gpu in STAND_INS}
     assert all(most_at_once(span for span in spans if span[0] == row) == 1 for row in rows)
     device_of = {letter: row[-1] for row, letter, *_times in spans}
-    saw = ", ".join(f"{job} {device_of[job]}" for job in "ABCDEFGHI")
+    saw = " ".join(f"{job}={device_of[job]}" for job in "ABCDEFGHI")
     assert f"CUDA_VISIBLE_DEVICES, as each worker saw it: {saw}" in " ".join(printed.split())
     assert "in_use=0, waiting=0" in printed
 
