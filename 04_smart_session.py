@@ -27,15 +27,24 @@ import os
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    aclosing,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NoReturn, Self, TypeVar
 
 import httpx2
@@ -43,10 +52,10 @@ from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 T = TypeVar("T")
@@ -153,7 +162,11 @@ def smart_session(name: str, *, model: str | None = None) -> Iterator[Session]:
 
 
 def isolated(generator: Generator[T, None, object]) -> Generator[T, None, None]:
-    """The same items, but a session that the generator opens is current in it alone."""
+    """The same items, but a session that the generator opens is current in it alone.
+
+    Its steps run in one copy of the context of the first `next()`. This is for plain generators:
+    with an async one, open the session around the loop.
+    """
     context, end = copy_context(), object()
     try:
         while (item := context.run(next, generator, end)) is not end:
@@ -190,7 +203,7 @@ def _chat_request(prompt: str, strict: bool) -> dict[str, Any]:
 
 
 def recording_client(
-    transport: httpx2.BaseTransport | None = None, clock: Clock = perf_counter, **options: Any
+    transport: httpx2.BaseTransport | None = None, clock: Clock = time.perf_counter, **options: Any
 ) -> OpenAI:
     """An OpenAI client whose every call is recorded in the session current where it is made.
 
@@ -204,7 +217,9 @@ def recording_client(
 
 
 def async_recording_client(
-    transport: httpx2.AsyncBaseTransport | None = None, clock: Clock = perf_counter, **options: Any
+    transport: httpx2.AsyncBaseTransport | None = None,
+    clock: Clock = time.perf_counter,
+    **options: Any,
 ) -> AsyncOpenAI:
     """The same, asynchronous. Close it, best by `async with`, on the loop that uses it."""
     options.setdefault("api_key", os.environ.get("OPENAI_API_KEY", "none"))
@@ -286,12 +301,12 @@ class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
     def close(self) -> None:
         with self:
             self._body.close()
-        self._end(self._error)
+        self._end()
 
     async def aclose(self) -> None:
         with self:
             await self._body.aclose()
-        self._end(self._error)
+        self._end()
 
     def _read(self, chunk: bytes) -> bytes:
         self._unread += chunk if "json" in self._kind or "event-stream" in self._kind else b""
@@ -301,7 +316,7 @@ class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
                 self._note(line.removeprefix(b"data:"))
         return chunk
 
-    def _end(self, error: str | None) -> None:
+    def _end(self, error: str | None = None) -> None:
         if self.call.duration is None:  # or else an error has ended it before
             self._note(self._unread)
             self.call.error = error or self._error
@@ -309,7 +324,7 @@ class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
 
     def _note(self, text: bytearray) -> None:
         """Take what a reply, or an event of it, says of itself. What is missing stays unknown."""
-        with suppress(AttributeError, LookupError, TypeError, ValueError):
+        with suppress(AttributeError, LookupError, ValueError):
             reply = json.loads(text)
             reply = reply.get("response") or reply  # events of the Responses API wrap it
             self._error = self._error or (reply.get("error") and "error in the reply")
@@ -344,6 +359,44 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
 
 console = Console(highlight=False)
 _ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
+open_brackets: list[str] = []
+
+
+def say(text: str) -> None:
+    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
+    bars = "│ " * len(open_brackets)
+    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
+        line.rstrip()
+        console.print(Text.assemble((bars, "dim"), line))
+
+
+@contextmanager
+def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
+    """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
+    say(f"┌ [bold]{escape(label)}[/]")
+    open_brackets.append(label)
+    how = ""
+    marks = [time.perf_counter()]
+    try:
+        with manager as value:
+            marks.append(time.perf_counter())
+            try:
+                yield value
+            except BaseException as error:
+                how = _("left by {error}").format(error=type(error).__name__)
+                raise
+            finally:
+                marks.append(time.perf_counter())
+    except BaseException as error:
+        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
+        how = how or failed.format(error=type(error).__name__)
+        raise
+    finally:
+        marks.append(time.perf_counter())
+        open_brackets.pop()
+        spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
+        times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
+        say(f"└ {how or _('left at its end')}  [dim]{times} ms[/]")
 
 
 def drawn(session: Session) -> Tree:
@@ -360,23 +413,25 @@ def drawn(session: Session) -> Tree:
     return tree
 
 
-def shorten(text: str) -> str:
-    return ask(f"Say this in half as many words: {text}")
+def told(prompt: str) -> None:
+    """Ask, and show the answer. It is given no session."""
+    say(escape(ask(prompt)))
 
 
 def demo_nesting() -> None:
     """Every call finds its session
 
-    `shorten(text)` is given no session, yet its call is recorded in the right one: `ask` looks
+    `told(prompt)` is given no session, yet its call is recorded in the right one: `ask` looks
     into a `ContextVar`. When a block ends, the **token** that `set()` returned puts back what
-    was there before, so that the next call is the outer session's again. Costs add up.
+    was there before, so that the next call is the outer session's again. Costs add up. (The
+    stand-in for the model bills a token for each word; the prices are OpenAI's.)
     """
-    with smart_session("article") as article:
-        ask("Write two sentences on context managers")
-        with smart_session("shortening", model=None if live else "gpt-4o"):
-            shorten("There is more than one way out of a block.")
-            shorten("Cleanup has to be right on all of them.")
-        ask("Find a title")
+    with shown('smart_session("article")', smart_session("article")) as article:
+        told("How can a block be left?")
+        model = default_model if live else "gpt-4o"
+        with shown(f'smart_session("title", model="{model}")', smart_session("title", model=model)):
+            told("What is a good title for that?")
+        told("On which ways out does cleanup run?")
     console.print(drawn(article))
 
 
@@ -461,7 +516,8 @@ def demo_beside_llamabot() -> None:
     `PromptRecorder` (removed in 0.12.0) was found by a `ContextVar`, too. But on leaving it set
     `None`. Today's `span` gives a nested span no parent, and where its database cannot be
     written, that error hides the one of the body. The middle column runs **these rules**, in a
-    few lines of our own; the right one runs `smart_session`. Numbers are calls recorded, of one.
+    few lines of our own; the right one runs `smart_session`. A number tells how many calls were
+    recorded of the one that was made. Demos 3 and 4 show two more traps of the recorder.
     """
     theirs, ours = (lambda name: recording(Session(name)), record), (smart_session, ask)
     unwritable = partial(span, database="no such folder/spans.db")
@@ -493,16 +549,16 @@ def demo_tasks_and_threads() -> None:
     nowhere, as the log says. So give each job a copy. (Python 3.14 has an option for threads,
     `-X thread_inherit_context=1`. llamabot's recorder recorded nothing there, in silence.)
     """
+    with shown("asyncio.run(in_tasks())", smart_session("tasks")) as tasks:
+        asyncio.run(in_tasks())
+    console.print(drawn(tasks))
     with ThreadPoolExecutor() as executor:
-        with smart_session("asyncio") as session:
-            asyncio.run(in_tasks())
-        console.print(drawn(session))
-        with smart_session("executor.submit(ask, ...)") as session:
-            executor.submit(ask, "Does an executor inherit it?").result()
-        console.print(drawn(session))
-        with smart_session("executor.submit(copy_context().run, ask, ...)") as session:
-            executor.submit(copy_context().run, ask, "Does it now?").result()
-        console.print(drawn(session))
+        with shown("executor.submit(told, ...)", smart_session("empty context")) as empty:
+            executor.submit(told, "Does an executor inherit it?").result()
+        console.print(drawn(empty))
+        with shown("executor.submit(copy_context().run, told, ...)", smart_session("copy")) as copy:
+            executor.submit(copy_context().run, told, "Does it with a copy?").result()
+        console.print(drawn(copy))
 
 
 def answers() -> Generator[str, None, None]:
@@ -548,14 +604,16 @@ def demo_recording_client() -> None:
     all the same, plain and streamed: below the SDK, a transport reads along as they pass. It
     sees each attempt, too: a server (always a stand-in) is busy, and the SDK tries again.
     """
-    with smart_session("somebody else's code") as session, recording_client() as client:
-        somebody_elses(client)
+    with shown('smart_session("not mine")', smart_session("not mine")) as session:
+        with shown("recording_client()", recording_client()) as client:
+            somebody_elses(client)
     console.print(drawn(session))
     busy = httpx2.Response(429, headers={"retry-after-ms": "10"})
     replies = iter((lambda request: busy, stand_in))
     transport = httpx2.MockTransport(lambda request: next(replies)(request))
-    with smart_session("busy server") as session, recording_client(transport) as client:
-        ask("Are you there?", client=client)
+    with shown('smart_session("busy")', smart_session("busy")) as session:
+        with shown("recording_client(transport)", recording_client(transport)) as client:
+            say(escape(ask("Are you there?", client=client)))
     console.print(drawn(session))
 
 
@@ -565,15 +623,16 @@ def demo_no_session() -> None:
     `ask` works, and logs that nothing is recorded. Where that must not happen, `strict=True`
     raises. A session whose block has ended takes no calls either, and nothing is sent.
     """
-    console.print(ask("Who pays for this?"))
-    with smart_session("ended") as ended:
-        pass
-    for manager in (nullcontext(), ended.as_current()):
-        try:
-            with manager:
+    told("Who pays for this?")
+    with shown('smart_session("ended")', smart_session("ended")) as ended:
+        told("Who pays for this?")
+    for label, manager in (("strict=True", nullcontext()), ("as_current()", ended.as_current())):
+        with suppress(LookupError, SessionClosedError), shown(label, manager):
+            try:
                 ask("Who pays for this?", strict=True)
-        except (LookupError, SessionClosedError) as error:
-            console.print(f"[red]{type(error).__name__}:[/] {error}")
+            except Exception as error:
+                say(f"[red]{escape(str(error))}[/]")
+                raise
 
 
 DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
@@ -587,6 +646,21 @@ def play(number: int) -> None:
     console.print(Markdown(lesson), "")
     demo()
     console.print()
+
+
+def show_key_points() -> None:
+    points = _("""\
+* Keep the token that `set()` returns, and `reset()` with it: `None` is not what was there before.
+* A task takes a copy of the context along. What outlives its block must be told so.
+* Hand each job of a thread a copy of the context; keep a generator's session inside.
+* Record below the SDK, in a transport: then no caller can forget it.""")
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(Markdown(points))
+
+
+class Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"[yellow]{record.levelname}: {escape(record.getMessage())}[/]")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -605,26 +679,16 @@ def main() -> int:
     for number in chosen:
         if not 1 <= number <= len(DEMOS):
             parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
-    handler = RichHandler(console=console, show_time=False, show_path=False)
-    logging.basicConfig(handlers=[handler], format="%(message)s")
+    logging.basicConfig(handlers=[Log()])
     if options.live:
         live, default_model = True, os.environ.get("OPENAI_MODEL", default_model)
     try:
         for number in chosen:
             play(number)
+        show_key_points()
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Every session was closed on the way out."))
+        console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(
-        Markdown(
-            _("""\
-* Keep the token of `set()`, and reset with it. `None` is not what was there before.
-* A task has a copy of the context. What outlives its block must be told so.
-* Hand threads a copy of the context; keep a generator's session inside.
-* Record below the SDK, in a transport: then nobody can forget it.""")
-        )
-    )
     return 0
 
 
