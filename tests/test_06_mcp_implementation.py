@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import anyio
 import pytest
@@ -28,6 +33,18 @@ PAGE = ROOT / "06_mcp_implementation.md"
 MUTE = StdioServerParameters(command=sys.executable, args=["-c", "import sys; sys.stdin.read()"])
 
 
+def source_on_the_page(name: str) -> str:
+    (source,) = (fence.source for fence in find_fences(PAGE) if fence.file == name)
+    return source
+
+
+def file_of_the_page(name: str) -> dict[str, Any]:
+    """What a file that the page tells its reader to save defines."""
+    namespace: dict[str, Any] = {}
+    exec(source_on_the_page(name), namespace)
+    return namespace
+
+
 def test_every_fence_of_the_chapter_runs_and_prints_what_the_page_says(tmp_path: Path) -> None:
     played = run_chapter(PAGE, tmp_path)
     assert played.run == len(played.fences) >= 30
@@ -35,7 +52,14 @@ def test_every_fence_of_the_chapter_runs_and_prints_what_the_page_says(tmp_path:
 
 
 def test_no_fence_is_longer_than_a_screen() -> None:
-    assert [f.place for f in find_fences(PAGE) if len(f.source.splitlines()) > 40] == []
+    assert [f.place for f in find_fences(PAGE) if len(f.source.splitlines()) > 35] == []
+
+
+def test_the_chapter_installs_what_the_project_requires() -> None:
+    (command,) = re.findall(r"pip install (.+)", PAGE.read_text(encoding="utf-8"))
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = [line.split("#")[0].strip() for line in required.splitlines()]
+    assert shlex.split(command) == [line for line in lines if re.match("mcp|websockets", line)]
 
 
 def test_the_limits_that_the_page_names_are_those_of_the_sdk() -> None:
@@ -105,10 +129,65 @@ async def test_a_call_that_times_out_is_cancelled_in_the_server() -> None:
             await cancelled.wait()
 
 
+class Servers:
+    """In-process servers that count how many of their lifespans are open."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.opened = 0
+
+    def new(self, name: str) -> MCPServer[None]:
+        @asynccontextmanager
+        async def lifespan(server: MCPServer[None]) -> AsyncIterator[None]:
+            self.open += 1
+            self.opened += 1
+            try:
+                yield
+            finally:
+                self.open -= 1
+
+        return MCPServer(name, lifespan=lifespan)
+
+
+def test_a_fleet_cancelled_at_any_await_closes_every_client_that_it_opened() -> None:
+    fleet = file_of_the_page("fleet.py")["fleet"]
+    servers = Servers()
+
+    async def use() -> None:
+        async with fleet({name: servers.new(name) for name in "abc"}) as clients:
+            await clients["b"].list_tools()
+
+    async def cancelled_after(ticks: int) -> bool:
+        task = asyncio.create_task(use())
+        for _tick in range(ticks):
+            await asyncio.sleep(0)
+        finished = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert servers.open == 0, f"cancelled after {ticks} turns of the loop"
+        return finished
+
+    assert any(asyncio.run(cancelled_after(ticks)) for ticks in range(1000))
+    assert servers.opened > 3
+
+
+@pytest.mark.asyncio
+async def test_a_fleet_limits_the_start_of_a_client_and_not_its_life() -> None:
+    fleet = file_of_the_page("fleet.py")["fleet"]
+    async with fleet({"a": Servers().new("a")}, startup_timeout=0.2) as clients:
+        await anyio.sleep(0.3)  # longer than the limit
+        assert (await clients["a"].list_tools()).tools == []
+
+
+@pytest.mark.asyncio
+async def test_a_fleet_of_none_is_ready_at_once() -> None:
+    async with file_of_the_page("fleet.py")["fleet"]({}) as clients:
+        assert clients == {}
+
+
 @pytest.mark.asyncio
 async def test_a_server_that_was_stopped_is_noticed_by_a_timeout_alone(tmp_path: Path) -> None:
-    (shelf,) = (fence.source for fence in find_fences(PAGE) if fence.file == "shelf.py")
-    (tmp_path / "shelf.py").write_text(shelf, encoding="utf-8")
+    (tmp_path / "shelf.py").write_text(source_on_the_page("shelf.py"), encoding="utf-8")
     program = StdioServerParameters(command=sys.executable, args=["shelf.py"], cwd=tmp_path)
     pid = 0
 
