@@ -281,8 +281,8 @@ class LLMSession:
     def __post_init__(self) -> None:
         """Take up the conversation that the journal has under this name."""
         select = "SELECT * FROM turns WHERE session = ? ORDER BY rowid"
-        for row in self.journal.execute(select, (self.name,)) if self.journal else ():
-            prompt, reply, *counts, cost = row[2:]
+        rows = self.journal.execute(select, (self.name,)) if self.journal else ()
+        for _session, _number, prompt, reply, *counts, cost in rows:
             self.usage += Usage(*counts)
             self.cost += Decimal(cost)
             if reply is not None:
@@ -341,6 +341,7 @@ class LLMSession:
             except BaseException as error:
                 if self._rows_written() > rows:  # subtle: Ctrl-C, but it is on the disk already
                     self._accept(turn)
+                    error.add_note(f"Session {self.name!r}, turn {turn.number}: complete and kept.")
                 else:
                     self._roll_back(turn, error)
                 raise
@@ -423,6 +424,9 @@ def llm_session(
     price: Callable[[Usage], Decimal] | None = None,
 ) -> Iterator[LLMSession]:
     """Hold a conversation. With a `journal`, go on with the one of the same name.
+
+        with llm_session("review", journal="review.db") as session:
+            print(session.ask("What is a context manager?"), session.cost)
 
     Without a `client`, one is made from OPENAI_API_KEY and OPENAI_BASE_URL, and closed at the
     end; a client that is passed in stays open. Raises LookupError for a model whose price is

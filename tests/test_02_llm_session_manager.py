@@ -857,8 +857,9 @@ def test_ctrl_c_while_the_turn_is_written_leaves_it_written_once(tmp_path: Path)
     with session(journal=tmp_path / "journal") as talk:
         talk.ask("first")
         talk.journal = InterruptedAfter(real := talk.journal)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             talk.ask("second")
+        assert caught.value.__notes__ == ["Session 'talk', turn 2: complete and kept."]
         assert [said["content"] for said in talk.messages[::2]] == ["first", "second"]
         talk.journal = real
         talk.ask("third")
