@@ -513,11 +513,11 @@ def outcome(scene: Callable[..., Any], *rule: Any) -> str:
 def demo_beside_llamabot() -> None:
     """Beside llamabot
 
-    `PromptRecorder` (removed in 0.12.0) was found by a `ContextVar`, too. But on leaving it set
-    `None`. Today's `span` gives a nested span no parent, and where its database cannot be
-    written, that error hides the one of the body. The middle column runs **these rules**, in a
-    few lines of our own; the right one runs `smart_session`. A number tells how many calls were
-    recorded of the one that was made. Demos 3 and 4 show two more traps of the recorder.
+    `PromptRecorder` (llamabot 0.11.9, gone since 0.12.0) was found by a `ContextVar`, too, but
+    on leaving it set `None`. Today's `span` (0.19.16) gives a nested span no parent, records no
+    tokens, and where its database cannot be written, that error hides the one of the body. The
+    middle column runs **these rules**, in a few lines of our own; the right one runs
+    `smart_session`. A number tells how many calls were recorded, of the one that was made.
     """
     theirs, ours = (lambda name: recording(Session(name)), record), (smart_session, ask)
     unwritable = partial(span, database="no such folder/spans.db")
@@ -547,7 +547,7 @@ def demo_tasks_and_threads() -> None:
     A task starts with a copy of the context in which it was created; `asyncio.to_thread` hands
     one over as well. A thread or an executor starts with an empty one: its call is recorded
     nowhere, as the log says. So give each job a copy. (Python 3.14 has an option for threads,
-    `-X thread_inherit_context=1`. llamabot's recorder recorded nothing there, in silence.)
+    `-X thread_inherit_context=1`. llamabot 0.11.9 recorded nothing there, and did not say so.)
     """
     with shown("asyncio.run(in_tasks())", smart_session("tasks")) as tasks:
         asyncio.run(in_tasks())
@@ -571,9 +571,9 @@ def demo_generators() -> None:
     """A suspended generator leaks its session
 
     A generator runs in the context of whoever calls `next()`. At `yield` its block is still
-    open, so its session is now the caller's, too: a manager cannot prevent that from within, and
-    llamabot's recorder leaked likewise. Open the session outside, around the loop. Or use
-    `isolated`, which runs each step in a context of the generator's own.
+    open, so its session is now the caller's, too: a manager cannot prevent that from within (the
+    recorder of llamabot 0.11.9 leaked likewise). Open the session outside, around the loop. Or
+    use `isolated`, which runs each step in a context of the generator's own.
     """
     for code, items in (("answers()", answers()), ("isolated(answers())", isolated(answers()))):
         with closing(items):
@@ -659,6 +659,8 @@ def show_key_points() -> None:
 
 
 class Log(logging.Handler):
+    """Show what a manager logs among what the demo shows."""
+
     def emit(self, record: logging.LogRecord) -> None:
         say(f"[yellow]{record.levelname}: {escape(record.getMessage())}[/]")
 
