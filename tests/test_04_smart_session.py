@@ -1013,6 +1013,22 @@ def test_a_recorder_that_does_not_know_its_end_records_a_task_that_outlives_it(
         chapter.in_a_task_that_outlives_it(*OURS)
 
 
+def test_their_recorder_too_is_lost_in_threads_and_leaks_from_generators() -> None:
+    def in_a_session() -> Iterator[Any]:
+        with chapter.recording(chapter.Session("inside")) as session:
+            yield session
+
+    def scene() -> tuple[int, int]:
+        with chapter.recording(chapter.Session("parent")) as parent:
+            in_thread(chapter.record, "lost")
+        with closing(in_a_session()) as generator:  # type: ignore[type-var]
+            inside = next(generator)
+            chapter.record("the caller's own")
+        return len(parent.calls), len(inside.calls)
+
+    assert contextvars.copy_context().run(scene) == (inherited(), 1)
+
+
 def test_a_span_that_looks_for_no_parent_has_none() -> None:
     assert chapter.parent_of_a_nested_session(chapter.span) is None
     assert chapter.parent_of_a_nested_session(smart_session) == "outer"
