@@ -96,7 +96,7 @@ def money(amount: Dollars, what: str) -> Decimal:
 
 
 def usd(amount: Decimal) -> str:
-    return f"${amount.normalize():f}"
+    return f"${amount.normalize(EXACT):f}"
 
 
 class Scope:
@@ -150,8 +150,9 @@ class BudgetExceededError(RuntimeError):
 class Reservation:
     """Money set aside for one call: `with budget.reserve(worst_case) as held`.
 
-    When an error or a cancellation leaves the block, what was not settled is given back. When
-    the block ends well without `settle`, the cost is unknown: the worst case counts as spent.
+    When an error or a cancellation leaves the block, what was not settled is given back (a call
+    that timed out may have been billed: settle it first if you know). When the block ends well
+    without `settle`, the cost is unknown: the worst case counts as spent.
     """
 
     def __init__(self, worst_case: Dollars, take: Callable[[Decimal], Book]) -> None:
@@ -283,10 +284,9 @@ def picodollars(amount: Decimal) -> int:
 class SharedBudget(Scope):
     """A budget in an SQLite file, for all processes that open it under the same name.
 
-    `TAKE` decides, in one statement that no other process can divide. It serves PostgreSQL as
-    it stands, when one machine is not enough. A reservation older than `lease` seconds, longer
-    than any call, is that of a dead process: it is given back. What such a call was billed, only
-    the provider knows.
+    `TAKE` decides, in one statement that no other process can divide. A reservation older than
+    `lease` seconds, which is longer than any call, is that of a dead process: it is given back.
+    What such a call was billed, only the provider knows.
     """
 
     def __init__(
@@ -444,7 +444,7 @@ def price(model: str, input_tokens: int, output_tokens: int, cached: int = 0) ->
         return calc_price(usage, model, provider_id="openai").total_price
     except LookupError:
         raise LookupError(
-            f"no price of {model!r} is known: name one that is, as priced_as"
+            f"no price of {model!r} is known: name a model whose is, as priced_as"
         ) from None
 
 
@@ -472,7 +472,7 @@ def offline_client() -> OpenAI:
 
 
 class Session(Scope):
-    """One conversation with a model; `cost` is in US dollars, so far.
+    """One conversation with a model, in one thread; `cost` is in US dollars, so far.
 
     client: without one, it opens the offline one, and closes that at the end. longest: of an
     answer, in tokens. priced_as: a model whose price is known, where that of `model` is not.
@@ -529,7 +529,8 @@ class Session(Scope):
         return self._price(usage.prompt_tokens, usage.completion_tokens, cached or 0)
 
 
-budget, monitor, session = Budget, Monitor, Session  # as `with` opens them: small, like `open`
+# What `with` opens is written small, as `open` is.
+budget, shared_budget, monitor, session = Budget, SharedBudget, Monitor, Session
 
 
 @dataclass(frozen=True)
@@ -548,7 +549,8 @@ class GovernedSession:
             with self.monitor.measure("ask"):
                 try:
                     answer = self.session.ask(prompt)
-                finally:  # an answer that was paid for can still be of no use, and raise
+                finally:
+                    # Also where it raised: an answer can be paid for, and of no use.
                     held.settle(self.session.cost - before)
         turn = (self.session.name, prompt, answer)
         self.connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
@@ -710,30 +712,35 @@ def demo_nested_budgets() -> None:
 def spend(path: str) -> None:
     """Each of four processes: try a hundred calls, and print how many fitted."""
     fitted = 0
-    with SharedBudget(Path(path), Decimal("0.10"), "shared") as purse:
+    with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
+        input("begun\n")  # until all have
         for _call in range(100):
             with suppress(BudgetExceededError), purse.reserve(Decimal("0.009")) as held:
-                held.settle(Decimal("0.005"))  # no model is asked: only the money moves
+                time.sleep(0.01)  # stands for the call: no model is asked
+                held.settle(Decimal("0.005"))
                 fitted += 1
     print(fitted)
 
 
 def hold(path: str) -> None:
-    """A fifth: reserve, tell so, and wait to be killed."""
-    with SharedBudget(Path(path), Decimal("0.10"), "shared") as purse:
+    """A fifth: reserve, and wait to be killed."""
+    with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
         with purse.reserve(Decimal("0.02")):
-            input("reserved\n")
+            input("begun\n")
 
 
 @contextmanager
-def started(job: Callable[[str], None], path: str) -> Iterator[subprocess.Popen[str]]:
-    """A child process that does a job, and is killed if it still does when the block ends."""
+def started(job: Callable[[str], None], path: str) -> Iterator[Any]:
+    """A child that has begun a job, as its Popen. It is killed where the block ends before it."""
     code = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]](sys.argv[3])"
     command = [sys.executable, "-c", code, __file__, job.__name__, path]
     # In a session of its own: Ctrl-C is for us, and we end our children.
-    start = partial(subprocess.Popen, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)
+    start: Any = partial(
+        subprocess.Popen, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True
+    )
     with start(command) as process:
         try:
+            process.stdout.readline()
             yield process
         finally:
             process.kill()
@@ -742,27 +749,28 @@ def started(job: Callable[[str], None], path: str) -> Iterator[subprocess.Popen[
 def demo_shared_by_processes() -> None:
     """One budget for several processes
 
-    A lock ends where the process ends. The ledger of a `SharedBudget` is an SQLite file, and
-    the `UPDATE` below decides: it changes no row where the money does not fit. While one process
-    holds a reservation, four try a hundred calls each. Then the one is killed: no cleanup
-    runs in it, so what it held is free again only when its lease expires.
+    A lock ends where the process ends. The ledger of a `shared_budget` is an SQLite file, and
+    the `UPDATE` below decides: it changes no row where the money does not fit. (When one machine
+    is not enough, PostgreSQL takes the same statement.) While one process holds a reservation,
+    four try a hundred calls each. Then the one is killed: no cleanup runs in it, so what it held
+    is free again only when its lease expires.
     """
     console.print(Syntax(TAKE, "sql", background_color="default"), "")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = str(Path(folder, "ledger.db"))
         holder = stack.enter_context(started(hold, path))
-        assert holder.stdout
-        holder.stdout.readline()  # it has reserved
         spenders = [stack.enter_context(started(spend, path)) for _each in range(4)]
+        for each in spenders:
+            print(file=each.stdin, flush=True)
         fitted = ", ".join(each.communicate()[0].strip() for each in spenders)
         say(_("Calls that fitted, by process: {calls}.").format(calls=fitted))
-        with SharedBudget(Path(path), Decimal("0.10"), "shared") as purse:
+        with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
             show_money(purse)
             holder.kill()
             holder.wait()
             say(_("The process that holds a reservation is killed:"))
             show_money(purse)
-        purse = SharedBudget(purse.path, purse.limit, "shared", clock=lambda: time.time() + 601)
+        purse = shared_budget(purse.path, purse.limit, "shared", clock=lambda: time.time() + 601)
         say(_("By a clock that is 601 seconds ahead, one more than the lease:"))
         show_money(purse)
 
@@ -830,6 +838,8 @@ def demo_governed_session() -> None:
     session closes, its turn is rolled back, the error is counted. Money that was spent stays
     spent: no database can roll that back.
     """
+    offline_client().close()  # import and load it now, or the brackets show how long that takes
+    encoding()
     with (
         closing(sqlite3.connect(":memory:")) as database,
         budget(Decimal("0.001"), "team") as team,
@@ -886,13 +896,24 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
 
 
-def live_options(priced_as: str | None) -> dict[str, Any]:
-    """What --live gives to every session."""
-    from openai import OpenAI
+@contextmanager
+def live_model(parser: CommandLine, priced_as: str | None) -> Iterator[None]:
+    """Let every session ask the real model. An endpoint that fails ends the run with one line."""
+    from openai import OpenAI, OpenAIError
 
     model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
-    price(priced_as or model, 0, 0)
-    return {"model": model, "priced_as": priced_as, "client": OpenAI()}
+    try:
+        price(priced_as or model, 0, 0)
+    except LookupError as error:
+        parser.error(str(error))
+    try:
+        with OpenAI() as client:
+            options.update(model=model, priced_as=priced_as, client=client)
+            yield
+    except OpenAIError as error:
+        parser.exit(1, f"{parser.prog}: {model} did not answer: {error}\n")
+    finally:
+        options.clear()
 
 
 def main() -> int:
@@ -900,7 +921,7 @@ def main() -> int:
     parser = CommandLine(description=__doc__, formatter_class=formatter)
     parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
     parser.add_argument("--live", action="store_true", help="ask a real model; it costs money")
-    parser.add_argument("--priced-as", metavar="MODEL", help="with --live: count its price")
+    parser.add_argument("--priced-as", metavar="MODEL", help="with --live: pay as for it")
     arguments = parser.parse_args()
     chosen = arguments.demo or range(1, len(DEMOS) + 1)
     for number in chosen:
@@ -909,12 +930,7 @@ def main() -> int:
     if arguments.live and "OPENAI_API_KEY" not in os.environ:
         parser.error("--live needs OPENAI_API_KEY; a local server takes any value")
     try:
-        if arguments.live:
-            options.update(live_options(arguments.priced_as))
-    except LookupError as error:
-        parser.error(str(error))
-    try:
-        with options.get("client", nullcontext()):
+        with live_model(parser, arguments.priced_as) if arguments.live else nullcontext():
             for number in chosen:
                 play(number)
     except KeyboardInterrupt:
