@@ -185,13 +185,15 @@ class McpHub:
             self._call_ended.set()
 
     async def check(self, timeout: float = 2.0) -> dict[str, str]:
-        """Ask all servers at once for a sign of life; what is wrong, by server."""
+        """Ask all servers at once for a sign of life; returns what is wrong, by server.
+
+        A server that has died is noticed by this, or by the next call.
+        """
         owners = self._owners.values()
         asked = (owner.ask("the health check", _list_tools, timeout) for owner in owners)
-        answers = zip(
-            self._owners, await asyncio.gather(*asked, return_exceptions=True), strict=True
-        )
-        return {name: str(answer) for name, answer in answers if isinstance(answer, BaseException)}
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        by_name = zip(self._owners, answers, strict=True)
+        return {name: str(answer) for name, answer in by_name if isinstance(answer, BaseException)}
 
     async def _drain(self) -> None:
         """Take no more calls, and wait for those under way: each of them has a deadline."""
@@ -257,12 +259,12 @@ class _Owner:
     def become(self, state: State, **changes: Any) -> None:
         """Change the status, and wake those who wait for it."""
         self.status = replace(self.status, state=state, **changes)
-        self.hub._on_change(self.status)
         if state in ("starting", "restarting"):
             self.settled.clear()
         else:
             self.settled.set()
             self.hub._settled.put_nowait(self)
+        self.hub._on_change(self.status)
 
     async def ask(self, what: str, send: Callable[[Client], Awaitable[T]], limit: float) -> T:
         """One request, within `limit` seconds, and with errors that name the server."""
@@ -329,11 +331,13 @@ async def connect(
 ) -> AsyncIterator[McpHub]:
     """Start all servers at the same time; yield a hub to call them; end every one of them.
 
-    Ready within `startup_timeout` seconds, or failed. A required server that fails raises
-    ServerError, once the others are stopped; an optional one is told in `statuses`. Every call has
+    Each has `startup_timeout` seconds to be ready. A required one that fails raises ServerError,
+    once the others are stopped; an optional one is told in `statuses`. Every call has
     `call_timeout` seconds. `on_change` sees each new status, and must not raise. An MCPServer
-    serves in this process. Leaving waits for the calls under way, if the body ended well, and then
-    for all children to end (4.5 s for those that ignore SIGTERM), though the caller be cancelled.
+    serves right here, in this process.
+
+    Leaving waits for the calls under way, if the body ended well, and then for all children to end,
+    though the caller be cancelled. One that ignores end-of-input and SIGTERM is killed after 4 s.
     """
     hub = McpHub(startup_timeout, call_timeout, on_change)
     hub._owners = {name: _Owner(name, config, hub) for name, config in servers.items()}

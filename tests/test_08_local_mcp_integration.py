@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1154,6 +1155,34 @@ def test_asyncio_run_does_not_return_while_a_client_is_not_left() -> None:
     assert "asyncio.run() has not returned 0.2 s later" in shown
     assert "asyncio.run() has returned, now that the demo killed them" in shown
     assert run.stderr == ""
+
+
+FORGETFUL = """\
+import asyncio, sys
+from mcp import Client, StdioServerParameters
+
+async def main():
+    await Client(StdioServerParameters(command=sys.executable, args={arguments!r})).__aenter__()
+    print("ready", flush=True)
+    raise KeyError("mine")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.usefixtures("quick")
+def test_while_a_client_is_not_left_not_even_a_traceback_is_shown(quick_path: Path) -> None:
+    program = FORGETFUL.format(arguments=["-S", "-E", str(quick_path), "ignores-eof"])
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout
+        assert run.stderr
+        assert run.stdout.readline() == "ready\n"
+        assert select.select([run.stderr], [], [], 0.3)[0] == []
+        (server,) = processes(lambda pid: str(quick_path) in commands(pid) and pid != run.pid)
+        os.kill(server, signal.SIGKILL)
+        assert "KeyError: 'mine'" in run.communicate(timeout=20)[1]
 
 
 def test_gather_around_a_stack_fails_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
