@@ -814,8 +814,8 @@ def demo_three_ways() -> None:
         _("the layers are known: the usual choice"),
         _("how many there are is known at run time"),
     )
-    outcome = Column(_("how it went"), no_wrap=True)
-    table = Table(Column(_("what ran"), no_wrap=True), _("take it when"), outcome)
+    columns = [Column(_("what ran"), no_wrap=True), Column(_("take it when"), overflow="fold")]
+    table = Table(*columns, Column(_("how it went"), no_wrap=True))
     for way, when in zip(WAYS.split("\n\n"), advice, strict=True):
         left: list[str] = []
         layers = {name: noted(name, left, failing=name == "b") for name in "abc"}
@@ -836,7 +836,7 @@ def demo_governed_session() -> None:
     it, a transaction keeps its turn, a session talks. The first block ends well. In the second
     a tool fails after the answer, and each layer does its part: the reserve is given back, the
     session closes, its turn is rolled back, the error is counted. Money that was spent stays
-    spent: no database can roll that back.
+    spent: no database can roll that back. (Offline, the model's stand-in repeats the question.)
     """
     offline_client().close()  # import and load it now, or the brackets show how long that takes
     encoding()
@@ -853,7 +853,7 @@ def demo_governed_session() -> None:
                 shown(f"session({name!r})", session(name, **options)),
             )
             with suppress(ConnectionError), governed_session(*layers) as governed:
-                say(f"[bold]{prompt}[/] {escape(governed.ask(prompt))}")
+                say(f"[bold]{prompt}[/] → {escape(governed.ask(prompt))}")
                 use_tool(governed, works=name == "first")
             show_money(team)
         turns = database.execute("SELECT session, prompt FROM turn").fetchall()
@@ -936,13 +936,13 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    key_points = """\
+    console.rule(_("[bold]Key points"), align="left")
+    key_points = _("""\
 * Reserve the worst case **before** the call, settle the actual cost after it: no race is left.
 * An error gives back what was not spent; a forgotten `settle` counts as the worst case.
 * One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
-* Layers close in reverse, each does its part, and no failing cleanup stops another's."""
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(_(key_points)))
+* Layers close in reverse, each does its part, and no failing cleanup stops another's.""")
+    console.print(Markdown(key_points))
     return 0
 
 
