@@ -592,7 +592,7 @@ def say(text: str) -> None:
     bars = "│ " * len(open_brackets)
     for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
         line.rstrip()
-        console.print(Text(bars, "dim") + line)
+        console.print(Text.assemble((bars, "dim"), line))
 
 
 @contextmanager
@@ -600,25 +600,28 @@ def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
     """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
     say(f"┌ [bold]{escape(label)}[/]")
     open_brackets.append(label)
-    how = _("set-up failed")
+    how = ""
     marks = [time.perf_counter()]
     try:
         with manager as value:
             marks.append(time.perf_counter())
             try:
                 yield value
-                how = _("left at its end")
             except BaseException as error:
                 how = _("left by {error}").format(error=type(error).__name__)
                 raise
             finally:
                 marks.append(time.perf_counter())
+    except BaseException as error:
+        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
+        how = how or failed.format(error=type(error).__name__)
+        raise
     finally:
         marks.append(time.perf_counter())
         open_brackets.pop()
         spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
         times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ {how}  [dim]{times} ms[/]")
+        say(f"└ {how or _('left at its end')}  [dim]{times} ms[/]")
 
 
 def show_money(*budgets: Budget | SharedBudget) -> None:
@@ -916,6 +919,16 @@ def live_model(parser: CommandLine, priced_as: str | None) -> Iterator[None]:
         options.clear()
 
 
+def show_key_points() -> None:
+    console.rule(_("[bold]Key points"), align="left")
+    key_points = _("""\
+* Reserve the worst case **before** the call, settle the actual cost after it: no race is left.
+* An error gives back what was not spent; a forgotten `settle` counts as the worst case.
+* One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
+* Layers close in reverse, each does its part, and no failing cleanup stops another's.""")
+    console.print(Markdown(key_points))
+
+
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CommandLine(description=__doc__, formatter_class=formatter)
@@ -933,16 +946,10 @@ def main() -> int:
         with live_model(parser, arguments.priced_as) if arguments.live else nullcontext():
             for number in chosen:
                 play(number)
+        show_key_points()
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    console.rule(_("[bold]Key points"), align="left")
-    key_points = _("""\
-* Reserve the worst case **before** the call, settle the actual cost after it: no race is left.
-* An error gives back what was not spent; a forgotten `settle` counts as the worst case.
-* One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
-* Layers close in reverse, each does its part, and no failing cleanup stops another's.""")
-    console.print(Markdown(key_points))
     return 0
 
 

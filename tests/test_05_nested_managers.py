@@ -1563,7 +1563,7 @@ def test_the_nested_budgets_demo_draws_what_is_spent_reserved_and_left(
     assert [line.split("  ")[0] for line in lines if line.startswith("└")] == [
         "└ left at its end",
         "└ left by TimeoutError",
-        "└ set-up failed",
+        "└ setup raised BudgetExceededError",
         *["└ left at its end"] * 3,
     ]
     assert "budget 'step': $0.3 was asked, and $0.25 is left of $0.4" in " ".join(lines)
