@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import io
 import json
 import os
@@ -11,7 +13,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from decimal import Decimal
 from typing import Any, cast
 
@@ -25,6 +27,20 @@ from rich.console import Console
 
 chapter: Any = load_chapter(3)
 ways = pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs(request: pytest.FixtureRequest) -> None:
+    """A pool that loses a device would let its test wait for ever; 30 seconds are enough."""
+    test = request.node.obj
+    if inspect.iscoroutinefunction(test):
+
+        @functools.wraps(test)
+        async def bounded(*args: Any, **kwargs: Any) -> None:
+            async with asyncio.timeout(30):
+                await test(*args, **kwargs)
+
+        request.node.obj = bounded
 
 
 def devices(count: int) -> list[Any]:
@@ -680,11 +696,28 @@ async def test_a_worker_process_sees_its_device_alone() -> None:
     assert "CUDA_DEVICE_ORDER" not in os.environ
 
 
+@contextmanager
+def typed(text: bytes) -> Iterator[None]:
+    """Something to read on this process's standard input, for a block."""
+    keyboard, typing = os.pipe()
+    os.write(typing, text)
+    os.close(typing)
+    stdin = os.dup(0)
+    os.dup2(keyboard, 0)
+    try:
+        yield
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(keyboard)
+
+
 @pytest.mark.asyncio
 async def test_a_worker_gets_neither_the_keyboard_nor_ctrl_c() -> None:
     code = "import os, sys; print(len(sys.stdin.read()), os.getsid(0) == os.getpid())"
-    async with chapter.gpu_worker(devices(1)[0], sys.executable, "-ISc", code) as worker:
-        output, _errors = await worker.communicate()
+    with typed(b"by the user"):
+        async with chapter.gpu_worker(devices(1)[0], sys.executable, "-ISc", code) as worker:
+            output, _errors = await worker.communicate()
     assert output.split() == [b"0", b"True"]
 
 
