@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import Process, SubprocessStreamProtocol
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager as AsyncManager
 from contextlib import AbstractContextManager as SyncManager
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
@@ -42,6 +42,7 @@ from typing import Any, NoReturn, Self, TypeAlias, TypeVar
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
+from rich.syntax import Syntax
 from rich.text import Text
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ async def enter(stack: AsyncExitStack, manager: Manager[T]) -> T:
 
 
 @asynccontextmanager
-async def open_all(factories: Sequence[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
+async def open_all(factories: Iterable[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
     """Open as many resources as there are factories, one after another; close in reverse order.
 
     Yields their values in the order of the factories. It takes factories, not managers, so that
@@ -120,7 +121,7 @@ def database(path: Path) -> Iterator[sqlite3.Connection]:
 
 @asynccontextmanager
 async def child_process(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
-    """Run a child process with its stdin and stdout as pipes.
+    """Run a child process with its stdin and stdout as pipes; raises OSError if it cannot start.
 
     At the end of the block its input ends, and it has `grace` seconds to finish by itself. After
     that, or when the block is left by an exception, it is killed. It is reaped in any case.
@@ -131,7 +132,8 @@ async def child_process(*command: str, grace: float = 2.0) -> AsyncIterator[Proc
     # it always ends, so that the cleanup below always learns of the child.
     spawning = asyncio.create_task(loop.subprocess_exec(protocol, *command, stderr=None))
     try:
-        yield (process := Process(*await asyncio.shield(spawning), loop))
+        process = Process(*await asyncio.shield(spawning), loop)
+        yield process
         process.stdin.close()  # type: ignore[union-attr]
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -149,7 +151,7 @@ async def _reap(spawning: asyncio.Task[Any]) -> None:
 
 @asynccontextmanager
 async def connection(host: str, port: int) -> AsyncIterator[Streams]:
-    """A TCP connection as (reader, writer). What was written but not drained is dropped at exit."""
+    """A TCP connection; what was written but not drained is dropped."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         yield reader, writer
@@ -204,7 +206,7 @@ async def _shut(server: asyncio.Server, echoes: dict[Any, asyncio.StreamWriter])
 
 
 @asynccontextmanager
-async def open_together(factories: Sequence[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
+async def open_together(factories: Iterable[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
     """`open_all` for resources that do not need each other: set up, and left, at the same time.
 
     Each manager has an owner, a task that both enters and leaves it; where the block fails, it is
@@ -270,6 +272,13 @@ async def shown(label: str, manager: Manager[T]) -> AsyncIterator[T]:
         say(f"└ [bold]{label}[/] {how}  [dim]{times} ms[/]")
 
 
+def show_code(*pieces: Callable[..., Any]) -> None:
+    """Print functions and classes as they stand in this file."""
+    syntax = partial(Syntax, theme="ansi_dark", word_wrap=True, background_color="default")
+    for piece in pieces:
+        console.print(syntax(inspect.getsource(piece).rstrip(), "python"), "")
+
+
 async def ask(reader: Any, writer: Any) -> str:
     """Send one line, and return the line that comes back."""
     writer.write(b"hello\n")
@@ -277,11 +286,11 @@ async def ask(reader: Any, writer: Any) -> str:
     return str((await reader.readline()).decode().strip())
 
 
-async def failure_of(block: Awaitable[object]) -> BaseException:
+async def failure_of(block: Awaitable[object]) -> Exception:
     """Await a block that is meant to fail, and return what came out of it."""
     try:
         await block
-    except BaseException as error:
+    except Exception as error:  # not BaseException: Ctrl-C must get through
         return error
     raise AssertionError(f"{block} did not fail")
 
@@ -305,19 +314,24 @@ class Connection:
         await hang_up(self._writer)
 
 
+async def ask_by_hand(host: str, port: int) -> str:
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        return await ask(reader, writer)
+    finally:
+        await hang_up(writer)
+
+
 async def demo_one() -> None:
     """One resource: three spellings of the same thing
 
-    By hand, set-up and cleanup stand around `try/finally`; in the class `Connection` they are two
-    methods; in the generator `connection` they stand in one place, in the order in which they
-    happen. `@asynccontextmanager` is the tool for **one resource of your own**.
+    By hand, set-up and cleanup stand around `try/finally`, at every use. In a class they are two
+    methods. In a generator they stand in one place, in the order in which they happen:
+    `@asynccontextmanager` is the tool for **one resource of your own**.
     """
+    show_code(ask_by_hand, Connection, connection)
     async with shown("echo_server", echo_server()) as address:
-        reader, writer = await asyncio.open_connection(*address)
-        try:
-            say(f"try/finally: {await ask(reader, writer)}")
-        finally:
-            await hang_up(writer)
+        say(f"ask_by_hand: {await ask_by_hand(*address)}")
         async with shown("Connection", Connection(*address)) as streams:
             say(await ask(*streams))
         async with shown("connection", connection(*address)) as streams:
@@ -363,7 +377,7 @@ class TinyExitStack:
         while self._exits:
             try:
                 if await self._exits.pop()(*details):
-                    details = (None, None, None)  # suppressed: the next exits see no error
+                    details = (None, None, None)  # suppressed
             except BaseException as error:
                 details = (type(error), error, error.__traceback__)
         if details[1] not in (None, arrived[1]):
@@ -374,15 +388,14 @@ class TinyExitStack:
 async def demo_stack() -> None:
     """A stack of our own, in twenty lines, and what the real one adds
 
-    `TinyExitStack`, just above, is a list of exits, run backwards: each sees the error that the
-    one before let through. It fails for a sync manager. The real one takes those too
-    (`enter_context`), functions (`callback`, `push_async_callback`) and bare exits
-    (`push_async_exit`), which may suppress.
+    At heart it is a list of exits, run backwards: each sees the error that the one before let
+    through. Ours fails for a sync manager; the real one takes it (`enter_context`), and functions
+    (`callback`, `push_async_callback`), and bare exits (`push_async_exit`), which may suppress.
     """
-    folder = tempfile.TemporaryDirectory()
+    show_code(TinyExitStack)
     async with echo_server() as address, TinyExitStack() as tiny:
         say(await ask(*await tiny.enter_async_context(shown("connection", connection(*address)))))
-        sync_manager: Any = folder
+        sync_manager: Any = suppress(ValueError)
         say(escape(repr(await failure_of(tiny.enter_async_context(sync_manager)))))
 
     async def forgive(kind: object, error: object, traceback: object) -> bool:
@@ -391,7 +404,7 @@ async def demo_stack() -> None:
 
     async with echo_server() as address, AsyncExitStack() as stack:
         stack.push_async_exit(forgive)
-        stack.enter_context(folder)
+        stack.enter_context(tempfile.TemporaryDirectory())
         stack.callback(say, _("callback: the connection is closed, the folder not yet."))
         reader, writer = await asyncio.open_connection(*address)
         stack.push_async_callback(hang_up, writer)
@@ -543,7 +556,7 @@ async def naive_child(*command: str) -> AsyncIterator[Process]:
         yield process
     finally:
         try:
-            await asyncio.wait_for(process.wait(), timeout=2)
+            await asyncio.wait_for(process.wait(), timeout=1)
         except TimeoutError:
             process.kill()  # but when that wait is cancelled, nobody does
 
@@ -556,25 +569,28 @@ async def demo_cancelled() -> None:
     at once, without `await` (`kill`, `abort`, `close`), and shield the rest, which then is short.
     """
 
-    async def use(manager: AsyncManager[Process], opened: asyncio.Future[Process]) -> None:
-        async with manager as process:
-            opened.set_result(process)
-            await process.wait()
+    async def use(name: str, manager: AsyncManager[Process]) -> None:
+        process = None
+        try:
+            async with manager as process:
+                opened.set()
+                await process.wait()
+        finally:
+            lives = process and process.returncode is None
+            said = _("{name}: the child lives on.") if lives else _("{name}: the child is gone.")
+            say(said.format(name=name))
+            if process and lives:
+                process.kill()
+                await uninterrupted(process.wait())
 
     for child in (naive_child, child_process):
-        opened = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(use(child(*DEAF), opened))
-        process = await opened
-        task.cancel()  # ends the block
-        await asyncio.sleep(0)
-        task.cancel()  # strikes its cleanup
-        await asyncio.wait([task])
-        lives = process.returncode is None
-        said = _("{name}: the child lives on.") if lives else _("{name}: the child is gone.")
-        say(said.format(name=child.__name__))
-        if lives:
-            process.kill()
-            await process.wait()
+        opened = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(use(child.__name__, child(*DEAF)))
+            await opened.wait()
+            task.cancel()  # ends the block
+            await asyncio.sleep(0)
+            task.cancel()  # strikes its cleanup
 
 
 async def demo_together() -> None:
@@ -611,8 +627,11 @@ async def demo_together() -> None:
         say(_("gather: the child, first in the list, opened last and closed first."))
         error = await failure_of(gathered(bound()))
         say(f"gather: {type(error).__name__}: {escape(str(error).rpartition('> ')[2])}")
-        error = await failure_of(gathered(child(), lock_file(held)))
-        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})  # the child still opens
+        try:
+            error = await failure_of(gathered(child(), lock_file(held)))
+        finally:  # the child is still opening
+            late = asyncio.all_tasks() - {asyncio.current_task()}
+            await uninterrupted(asyncio.gather(*late, return_exceptions=True))
         report("gather", error)
         await stack.aclose()
         pair: list[Callable[[], Manager[Any]]] = [child, partial(lock_file, held)]
@@ -670,11 +689,11 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
+        console.rule(_("[bold]Which one? The key points"), align="left")
+        console.print(Markdown(_(KEY_POINTS)))
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    console.rule(_("[bold]Which one? The key points"), align="left")
-    console.print(Markdown(_(KEY_POINTS)))
     return 0
 
 

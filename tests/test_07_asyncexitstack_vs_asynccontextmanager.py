@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    aclosing,
     asynccontextmanager,
     contextmanager,
     suppress,
@@ -938,7 +939,7 @@ def test_the_three_spellings_of_one_resource_do_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown = output(capsys, "demo_one")
-    assert "try/finally: hello" in shown
+    assert "ask_by_hand: hello" in shown
     assert shown.count("hello") == 2
     assert brackets(shown) == [
         "┌ echo_server",
@@ -980,7 +981,7 @@ def test_our_own_stack_fails_for_a_sync_manager_and_the_real_one_takes_what_peop
     monkeypatch.setattr(chapter, "say", watching)
     monkeypatch.setattr(chapter, "hang_up", watched)
     shown = output(capsys, "demo_stack")
-    assert "AttributeError(\"'TemporaryDirectory' object has no attribute '__aenter__'\")" in shown
+    assert "AttributeError(\"'suppress' object has no attribute '__aenter__'\")" in shown
     assert "push_async_exit sees ValueError('hello') and suppresses it." in shown
     assert log[-4:] == [("closed", 1), ("callback:", 1), ("push_async_exit", 0), ("The", 0)]
 
@@ -1041,6 +1042,17 @@ def test_break_leaves_a_generator_open_and_aclosing_does_not(
         "hello",
         "└ connection left by GeneratorExit",
     ]
+
+
+@pytest.mark.asyncio
+async def test_a_stack_enters_aclosing_like_any_other_manager() -> None:
+    async with chapter.echo_server() as address, AsyncExitStack() as stack:
+        generator = chapter.answers(address)
+        stream = await stack.enter_async_context(aclosing(generator))
+        assert await anext(stream) == "hello"
+        await stack.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(generator)
 
 
 def test_the_chain_of_failed_cleanups_is_the_one_that_python_makes(
