@@ -474,8 +474,9 @@ def offline_client() -> OpenAI:
 class Session(Scope):
     """One conversation with a model, in one thread; `cost` is in US dollars, so far.
 
-    client: without one, it opens the offline one, and closes that at the end. longest: of an
-    answer, in tokens. priced_as: a model whose price is known, where that of `model` is not.
+    client: without one, it makes one from OPENAI_API_KEY and OPENAI_BASE_URL, and closes that at
+    the end. longest: of an answer, in tokens. priced_as: a model whose price is known, where that
+    of `model` is not.
     """
 
     def __init__(
@@ -494,8 +495,10 @@ class Session(Scope):
         self._given = client
 
     def __enter__(self) -> Self:
+        from openai import OpenAI
+
         self._price(0, 0)  # raise where there is none: now, not after a call was paid
-        self._client = self._given or offline_client()
+        self._client = self._given or OpenAI()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -584,7 +587,7 @@ def governed_session(
 console = Console(highlight=False)
 _ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
 open_brackets: list[str] = []
-options: dict[str, Any] = {}  # of every session: --live puts its client here
+options: dict[str, Any] = {}  # of every session: --live puts its model and client here
 
 
 def say(text: str) -> None:
@@ -636,6 +639,14 @@ def show_money(*budgets: Budget | SharedBudget) -> None:
         say(f"{each.name:7}{bar} {amounts}")
 
 
+@contextmanager
+def talk(name: str) -> Iterator[Session]:
+    """A session with the model of --live, or else with the stand-in."""
+    with ExitStack() as stack:
+        client = options.get("client") or stack.enter_context(offline_client())
+        yield stack.enter_context(session(name, **{**options, "client": client}))
+
+
 PAGE = "word" + " word" * 992  # stands for a long page: with the chat rule's 7, 1,000 tokens
 
 
@@ -675,7 +686,7 @@ def demo_never_overspent() -> None:
     table = Table(_("ten calls at once"), _("sent"), _("refused"), _("spent"), _("of the limit"))
     for call in (check_then_call, reserve_then_call):
         with ExitStack() as stack, budget(Decimal("0.0005"), "page") as purse:
-            chats = [stack.enter_context(session(f"call {n}", **options)) for n in range(10)]
+            chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
             refusals = [refusal for refusal in asyncio.run(ten_times(call)) if refusal]
         sent = sum(bool(chat.messages) for chat in chats)
         share = f"{purse.spent / purse.limit:.0%}"
@@ -853,7 +864,7 @@ def demo_governed_session() -> None:
                 shown(f"team.child(0.0008, {name!r})", team.child(Decimal("0.0008"), name)),
                 shown(f"meter.child({name!r})", meter.child(name)),
                 shown("transaction(database)", transaction(database)),
-                shown(f"session({name!r})", session(name, **options)),
+                shown(f"session({name!r})", talk(name)),
             )
             with suppress(ConnectionError), governed_session(*layers) as governed:
                 say(f"[bold]{prompt}[/] → {escape(governed.ask(prompt))}")

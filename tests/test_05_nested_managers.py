@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import decimal
+import functools
 import importlib.util
 import json
 import os
@@ -1027,7 +1028,10 @@ def test_prices_are_the_published_ones() -> None:
 
 
 def test_a_session_counts_what_its_calls_really_cost() -> None:
-    with chapter.session("review", longest=5) as chat:
+    with (
+        chapter.offline_client() as client,
+        chapter.session("review", client=client, longest=5) as chat,
+    ):
         assert chat.ask("one two three") == "one two three"
         first = chapter.price("gpt-4o-mini", 10, 3)
         assert chat.cost == first
@@ -1037,12 +1041,16 @@ def test_a_session_counts_what_its_calls_really_cost() -> None:
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
 
-def test_a_session_closes_the_client_that_it_made_and_not_one_that_it_was_given() -> None:
+def test_a_session_closes_the_client_that_it_made_and_not_one_that_it_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:11434/v1/")
     with chapter.session("own") as chat:
-        chat.ask("hello")
+        assert str(chat._client.base_url) == "http://localhost:11434/v1/"
     with pytest.raises(RuntimeError, match="Session 'own' is not open: use it inside"):
         chat.ask("hello")
-    assert chat._client._client.is_closed
+    assert chat._client.is_closed()
     with chapter.offline_client() as client:
         with chapter.session("guest", client=client) as chat:
             chat.ask("hello")
@@ -1106,7 +1114,10 @@ def test_a_model_without_a_price_is_an_error_or_priced_as_one_that_has_it() -> N
     refused = "no price of 'llama3' is known: name a model whose is, as priced_as"
     with pytest.raises(LookupError, match=refused), chapter.session("s", model="llama3"):
         pass
-    with chapter.session("s", model="llama3", priced_as="gpt-4o-mini") as chat:
+    with (
+        chapter.offline_client() as client,
+        chapter.session("s", model="llama3", client=client, priced_as="gpt-4o-mini") as chat,
+    ):
         chat.ask("hello")
     assert chat.cost > 0
 
@@ -1120,6 +1131,13 @@ def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+@functools.cache
+def stand_in() -> openai.OpenAI:
+    """One client for many sessions; it has no socket, and nothing to close."""
+    client: openai.OpenAI = chapter.offline_client()
+    return client
+
+
 class Governed:
     """A governed session whose four layers can be looked at afterwards."""
 
@@ -1127,7 +1145,7 @@ class Governed:
         self.database = database
         self.budget = chapter.budget(1, "review")
         self.monitor = chapter.monitor("review")
-        self.chat = chapter.session("review", client=client)
+        self.chat = chapter.session("review", client=client or stand_in())
 
     def open(self) -> AbstractContextManager[Any]:
         manager: AbstractContextManager[Any] = chapter.governed_session(
@@ -1224,11 +1242,11 @@ def test_a_governed_session_works_inside_other_budgets_and_monitors(
                 team.child(1, name),
                 meter.child(name),
                 chapter.transaction(database),
-                chapter.session(name),
+                chapter.talk(name),
             ) as governed:
                 governed.ask("hello")
     with chapter.governed_session(
-        shared, chapter.monitor("m"), chapter.transaction(database), chapter.session("third")
+        shared, chapter.monitor("m"), chapter.transaction(database), chapter.talk("third")
     ) as governed:
         governed.ask("hello")
     assert meter.report()["ask"].calls == 2
@@ -1426,12 +1444,14 @@ def test_measure_keeps_the_cleanup_contract(way: Way, monkeypatch: pytest.Monkey
 
 @ways()
 def test_session_keeps_the_cleanup_contract(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline_client = chapter.offline_client
+    real_client = openai.OpenAI
     clients: list[openai.OpenAI] = []
     opened: list[Any] = []
 
     def offline() -> openai.OpenAI:
-        clients.append(offline_client())
+        with monkeypatch.context() as patch:
+            patch.setattr(openai, "OpenAI", real_client)
+            clients.append(chapter.offline_client())
         return clients[-1]
 
     def open_one() -> Any:
@@ -1441,7 +1461,7 @@ def test_session_keeps_the_cleanup_contract(way: Way, monkeypatch: pytest.Monkey
     @contextmanager
     def no_client() -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(chapter, "offline_client", None)
+            patch.setattr(openai, "OpenAI", None)
             yield
 
     @contextmanager
@@ -1450,12 +1470,12 @@ def test_session_keeps_the_cleanup_contract(way: Way, monkeypatch: pytest.Monkey
             real_close(client)
             raise OSError
 
-        real_close = openai.OpenAI.close
+        real_close = real_client.close
         with monkeypatch.context() as patch:
-            patch.setattr(openai.OpenAI, "close", fail)
+            patch.setattr(real_client, "close", fail)
             yield
 
-    monkeypatch.setattr(chapter, "offline_client", offline)
+    monkeypatch.setattr(openai, "OpenAI", offline)
     way(
         Subject(
             open=open_one,
@@ -1545,7 +1565,7 @@ def test_check_then_call_spends_nine_times_the_limit_and_reserve_then_call_what_
 
 def test_the_first_lesson_has_the_numbers_right() -> None:
     lesson = chapter.demo_never_overspent.__doc__
-    with chapter.session("lesson") as chat:
+    with chapter.talk("lesson") as chat:
         assert chat.longest == 500
         assert f"costs up to {chapter.usd(chat.worst_case(chapter.PAGE))}" in lesson
     assert chapter.count_tokens([{"role": "user", "content": chapter.PAGE}]) == 1000
@@ -1647,6 +1667,6 @@ def test_without_live_a_key_in_the_environment_sends_nothing_out(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/")
     monkeypatch.setenv("HTTPS_PROXY", "http://localhost:2/")
-    with chapter.session("offline") as chat:
+    with chapter.talk("offline") as chat:
         assert chat.ask("hello") == "hello"
         assert chat._client.api_key == "offline"

@@ -108,18 +108,10 @@ def test_the_workshop_has_seven_scripts() -> None:
 def test_a_session_that_was_given_no_client_closes_the_one_it_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nested = load_chapter(5)
-    made: list[Any] = []
-    factory = nested.offline_client
-
-    def noting() -> Any:
-        made.append(factory())
-        return made[-1]
-
-    monkeypatch.setattr(nested, "offline_client", noting)
-    with nested.session("owner"):
-        assert [client.is_closed() for client in made] == [False]
-    assert [client.is_closed() for client in made] == [True]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with load_chapter(5).session("owner") as session:
+        assert not session._client.is_closed()
+    assert session._client.is_closed()
 
 
 def test_a_recorder_below_the_sdk_sees_each_attempt() -> None:
