@@ -467,7 +467,7 @@ class NoteServer:
 
 
 async def demo_hand_over() -> None:
-    """Resources that outlive the function that opens them: `pop_all`
+    """Resources that outlive the function that opens them: pop_all
 
     At the end of its block a stack is emptied, so that what such a function returns is closed
     already. `pop_all` moves the exits to a new stack, once set-up has succeeded; an object that
@@ -494,7 +494,7 @@ async def answers(address: tuple[str, int]) -> AsyncGenerator[str, None]:
 
 
 async def demo_generator() -> None:
-    """A generator that holds a resource: `aclosing`
+    """A generator that holds a resource: aclosing
 
     `break` leaves the loop, not the generator: what that holds stays open until it is collected
     as garbage, if ever. `aclosing` leaves the generator where its block ends.
@@ -594,7 +594,7 @@ async def demo_cancelled() -> None:
 
 
 async def demo_together() -> None:
-    """Set-ups at the same time: not by `gather`, but by owners
+    """Set-ups at the same time: not by gather, but by owners
 
     `gather` enters each manager in a task of its own, which ends at once. The stack gets the
     exits in the order in which set-ups *finished*. A manager bound to its task is left in another
@@ -651,7 +651,7 @@ def play(number: int) -> None:
     console.print()
 
 
-KEY_POINTS = """\
+KEY_POINTS = _("""\
 | What you have | `@asynccontextmanager` | `AsyncExitStack` | demo |
 |---|---|---|---|
 | one resource of your own | yes | too much | 1 |
@@ -669,8 +669,7 @@ They are not rivals: write each resource with the one, hold several with the oth
 
 * Register each exit as soon as there is something to leave; `pop_all` once set-up succeeded.
 * In cleanup, decide without `await`, then shield the short rest.
-* The task that enters a manager leaves it.
-"""
+* The task that enters a manager leaves it.""")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -690,7 +689,7 @@ def main() -> int:
         for number in chosen:
             play(number)
         console.rule(_("[bold]Which one? The key points"), align="left")
-        console.print(Markdown(_(KEY_POINTS)))
+        console.print(Markdown(KEY_POINTS))
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
