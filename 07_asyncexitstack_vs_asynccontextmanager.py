@@ -651,7 +651,7 @@ def play(number: int) -> None:
     console.print()
 
 
-KEY_POINTS = _("""\
+DECISIONS = _("""\
 | What you have | `@asynccontextmanager` | `AsyncExitStack` | demo |
 |---|---|---|---|
 | one resource of your own | yes | too much | 1 |
@@ -665,8 +665,8 @@ KEY_POINTS = _("""\
 | a cancellation in cleanup | shield it here | cannot help | 8 |
 | set-ups at the same time | in an owner task each | not by `gather` | 9 |
 
-They are not rivals: write each resource with the one, hold several with the other.
-
+They are not rivals: write each resource with the one, hold several with the other.""")
+KEY_POINTS = _("""\
 * Register each exit as soon as there is something to leave; `pop_all` once set-up succeeded.
 * In cleanup, decide without `await`, then shield the short rest.
 * The task that enters a manager leaves it.""")
@@ -688,7 +688,9 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
-        console.rule(_("[bold]Which one? The key points"), align="left")
+        console.rule(_("[bold]Which one?"), align="left")
+        console.print(Markdown(DECISIONS), "")
+        console.rule(_("[bold]Key points"), align="left")
         console.print(Markdown(KEY_POINTS))
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))

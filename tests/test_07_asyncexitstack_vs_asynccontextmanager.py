@@ -1131,9 +1131,7 @@ async def test_a_timeout_entered_by_gather_never_fires() -> None:
 
 
 def test_the_decision_table_names_for_each_row_a_demo_that_there_is() -> None:
-    rows = [
-        line.strip("| ").split(" | ") for line in chapter.KEY_POINTS.splitlines() if "|" in line
-    ]
+    rows = [line.strip("| ").split(" | ") for line in chapter.DECISIONS.splitlines() if "|" in line]
     assert {len(row) for row in rows[2:]} == {4}
     assert [int(row[-1]) for row in rows[2:]] == [1, 2, 2, *range(3, len(chapter.DEMOS) + 1)]
 
