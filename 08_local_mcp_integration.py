@@ -246,7 +246,8 @@ class _Owner:
                         await anyio.sleep_forever()
             except Exception as error:
                 problem = _cause(error)
-        self.ended(f"{problem}; its last words: {lines[-1]}" if lines else problem)
+        words = [line.strip(" |+-") for line in lines]  # without the frame of an ExceptionGroup
+        self.ended("; its last words: ".join([problem, *list(filter(None, words))[-1:]]))
 
     def ended(self, problem: str) -> None:
         """Note that the connection is gone, and have the task leave it."""
@@ -861,8 +862,8 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
 
 
-def serve(arguments: list[str]) -> None:
-    """Be the MCP server that the command line names."""
+def serve(arguments: list[str]) -> int:
+    """Be the MCP server that the command line names; returns the exit status."""
     parser = CommandLine(prog=f"{Path(__file__).name} serve")
     parser.add_argument("name", choices=SERVERS)
     parser.add_argument("where", help="notes: an SQLite file; files: a directory")
@@ -870,11 +871,15 @@ def serve(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     server = SERVERS[options.name](options.where)
-    if options.http is None:
-        log.setLevel(logging.INFO)
-        server.run()
-    else:
-        asyncio.run(serve_http(server, options.http))
+    try:
+        if options.http is None:
+            log.setLevel(logging.INFO)
+            server.run()
+        else:
+            asyncio.run(serve_http(server, options.http))
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 async def show_config(path: str) -> None:
@@ -886,8 +891,7 @@ async def show_config(path: str) -> None:
 
 def main() -> int:
     if sys.argv[1:2] == ["serve"]:
-        serve(sys.argv[2:])
-        return 0
+        return serve(sys.argv[2:])
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CommandLine(description=__doc__, formatter_class=formatter)
     parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
