@@ -889,6 +889,20 @@ async def show_config(path: str) -> None:
             console.print(f"[bold]{escape(name)}[/]", ", ".join(tool.name for tool in tools))
 
 
+@contextmanager
+def polite_ends_as_ctrl_c() -> Iterator[None]:
+    """Clean up on SIGTERM and when the terminal is closed, too: by default both just end Python."""
+    polite = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {each: signal.getsignal(each) for each in polite}
+    try:
+        for each in polite:
+            signal.signal(each, lambda *_arguments: signal.raise_signal(signal.SIGINT))
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["serve"]:
         return serve(sys.argv[2:])
@@ -908,12 +922,13 @@ def main() -> int:
     stderr_log.propagate = False
     stderr_log.handlers = [BesideItsName()]
     try:
-        if options.config:
-            asyncio.run(show_config(options.config))
-            return 0
-        for number in chosen:
-            play(number)
-        show_key_points()
+        with polite_ends_as_ctrl_c():
+            if options.config:
+                asyncio.run(show_config(options.config))
+                return 0
+            for number in chosen:
+                play(number)
+            show_key_points()
     except (ConfigError, ServerError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ import mcp.client.stdio
 import mcp.shared.jsonrpc_dispatcher
 import pytest
 import uvicorn
-from conftest import child_processes, load_chapter, open_descriptors
+from conftest import chapter_path, child_processes, load_chapter, open_descriptors
 from contract import ASYNC_WAYS, Subject, Way
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.types import CONNECTION_CLOSED
@@ -840,14 +840,55 @@ def test_ctrl_c_ends_the_children(when: str, presses: int, quick_path: Path) -> 
     ) as run:
         assert run.stdout
         assert run.stdout.readline() == "ready\n"
-        for press in range(presses):
-            if press or when == "start":
-                time.sleep(0.1)  # let it come to the clean-up, or to the server
+        for _press in range(presses):
+            poll(lambda: waits(run.pid))
             run.send_signal(signal.SIGINT)
         output, errors = run.communicate(timeout=20)
     assert (run.returncode, output) == (130, "")
     # The second press ends the event loop at once; then asyncio may say what it could not close.
     assert errors == "" or presses == 2
+
+
+def poll(happened: Callable[[], object], deadline: float = 10.0) -> None:
+    """Look again and again for something that happens in another process."""
+    end = time.monotonic() + deadline
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+def waits(pid: int) -> bool:
+    """Whether a process has taken the signals that it was sent, and sleeps."""
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return status["State"].startswith("S") and not int(status["ShdPnd"], 16)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_polite_kill_and_a_closed_terminal_are_taken_as_ctrl_c(
+    name: str, quick: Quick, quick_path: Path, tmp_path: Path
+) -> None:
+    silent = ["-S", "-E", str(quick_path), "silent-at=tools/list"]
+    config = tmp_path / "mcp.json"
+    config.write_text(
+        json.dumps({"mcpServers": {"a": {"command": sys.executable, "args": silent}}})
+    )
+    command = [sys.executable, str(chapter_path(8)), "--config", str(config)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
+        poll(lambda: processes(lambda pid: str(quick_path) in commands(pid)))
+        run.send_signal(getattr(signal, name))
+        output, errors = run.communicate(timeout=20)
+    assert (run.returncode, errors) == (130, "")
+    assert "Children left: none" in output
+
+
+def test_the_handlers_of_signals_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt), chapter.polite_ends_as_ctrl_c():
+        signal.raise_signal(signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
 
 
 # --- Our own servers ---
