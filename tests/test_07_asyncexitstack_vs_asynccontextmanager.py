@@ -54,8 +54,9 @@ class Census:
         return len(self.descriptors())
 
     def descriptors(self) -> list[str]:
-        """All but those of another thread's census, taken at the same time."""
-        return [to for to in open_descriptors().values() if not to.startswith("/proc/")]
+        """All but the folders that another thread's census is looking into at the same time."""
+        opened = open_descriptors().values()
+        return [to for to in opened if not to.startswith("/proc/") and to != str(self.folder)]
 
     def leaks(self) -> object:
         in_a_loop = asyncio._get_running_loop() is not None
