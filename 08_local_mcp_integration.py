@@ -546,7 +546,6 @@ async def serve_http(server: MCPServer[Any], port: int) -> None:
 console = Console(highlight=False)
 _ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
 GIT = ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=no"]
-UTC = {"timezone": "UTC"}
 
 
 @contextmanager
@@ -751,7 +750,7 @@ async def kill_one(hub: McpHub) -> None:
     if pid is None:
         return  # without /proc we do not know whom
     os.kill(pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
-    call = asyncio.create_task(hub.call("time", "get_current_time", UTC))
+    call = asyncio.create_task(hub.call("time", "get_current_time", {"timezone": "UTC"}))
     await asyncio.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     try:
@@ -788,7 +787,8 @@ def demo_production() -> None:
         http_service("notes", folder / "notes.db") as notes_url,
         http_service("files", folder / "project") as files_url,
     ):
-        servers = load_config(folder / "mcp.json") | {
+        servers = {
+            "git": load_config(folder / "mcp.json")["git"],  # the official one, a child as before
             "notes": ServerConfig(url=notes_url()),
             "files": ServerConfig(url=files_url()),
             "search": ServerConfig(command="no-such-program", required=False),
@@ -804,12 +804,12 @@ async def produce(servers: Mapping[str, ServerConfig], project: Path) -> None:
         for problem in problems.values():
             console.print(f"[red]{escape(problem)}[/]")
         await workflow(hub, project)
-        late = asyncio.create_task(hub.call("time", "get_current_time", UTC))
+        late = asyncio.create_task(hub.call("git", "git_status", {"repo_path": str(project)}))
         await asyncio.sleep(0)  # now it is under way
-    now = (late.result().structured_content or {})["datetime"]
-    console.print(_("[green]the call under way has its answer: {now}[/]").format(now=now))
+    answer = escape(text_of(late.result()).splitlines()[-1])
+    console.print(_("[green]the call under way has its answer: {answer}[/]").format(answer=answer))
     try:
-        await hub.call("time", "get_current_time", UTC)
+        await hub.call("git", "git_status", {"repo_path": str(project)})
     except ServerError as error:
         console.print(f"[red]ServerError: {escape(str(error))}[/]")
 
