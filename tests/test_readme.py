@@ -1,34 +1,80 @@
-"""The README: what it tells a newcomer to type is what CI runs, and what it links to exists."""
+"""The README: what it tells a newcomer to type is what CI runs, and what it shows works."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_chapter
+from contract import SYNC_WAYS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = sorted(path.name for path in ROOT.glob("0*") if path.suffix in {".py", ".md"})
 
 
-def commands() -> list[str]:
-    (block,) = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return str(block).splitlines()
+def fence(label: str) -> str:
+    (block,) = re.findall(rf"^```{label}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return str(block)
 
 
 def test_the_readme_needs_two_commands_and_ci_runs_just_these() -> None:
-    assert len(commands()) == 2
+    commands = fence("bash").splitlines()
+    assert len(commands) == 2
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    positions = [ci.index(command) for command in commands()]
+    positions = [ci.index(command) for command in commands]
     assert positions == sorted(positions)
-
-
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_readme_leads_to_every_chapter(name: str) -> None:
     assert f"]({name})" in README
+
+
+def test_every_manager_that_the_readme_recommends_is_in_the_chapter_that_it_links_to() -> None:
+    rows = re.findall(r"^\|.*\| `(\w+)(?:\(.*\))?` in \[(\d\d)\]", README, re.MULTILINE)
+    assert len(rows) > 9
+    missing = [name for name, number in rows if not hasattr(load_chapter(int(number)), name)]
+    assert missing == []
+
+
+class Pool:
+    """A pool that gives its connection back, or forgets to."""
+
+    def __init__(self, careful: bool) -> None:
+        self.careful = careful
+        self.in_use = 0
+
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        self.in_use += 1
+        try:
+            yield
+        except BaseException:
+            self.in_use -= self.careful
+            raise
+        self.in_use -= 1
+
+
+def test_the_example_of_the_contract_accepts_a_careful_pool_and_rejects_a_careless_one() -> None:
+    verdicts = {}
+    for careful in (True, False):
+        names: dict[str, Any] = {"pool": Pool(careful)}
+        exec(fence("python"), names)
+        verdicts[careful] = [held(names["test_a_connection_is_given_back"], way) for way in PLAIN]
+    assert verdicts[True] == [True] * len(PLAIN)
+    assert verdicts[False][0]  # the way through works: only the ways out show the fault
+    assert not any(verdicts[False][1:])
+
+
+PLAIN = [way for way in SYNC_WAYS if way.__name__ == "returns" or "raises_" in way.__name__]
+
+
+def held(test: Any, way: Any) -> bool:
+    try:
+        test(way)
+    except AssertionError:
+        return False
+    return True

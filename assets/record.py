@@ -1,0 +1,137 @@
+"""Record the pictures of the README from real runs, or check that they are still true.
+
+    python assets/record.py            play the demos below and write their pictures anew
+    python assets/record.py --check    play them, and compare with the pictures that are here
+
+A picture is the terminal as rich drew it, exported as SVG. What differs from run to run (times,
+process ids, ports, temporary paths) is left out of the comparison; every other word counts.
+Both languages are recorded: LANGUAGE chooses, so each gets a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+
+FOLDER = Path(__file__).resolve().parent
+WIDTH = 88  # columns: wide enough for every table, narrow enough for a page
+DEMOS = {
+    1: 5,
+    2: 2,
+    3: 5,
+    4: 1,
+    5: 2,
+    7: 4,
+    8: 4,
+}  # the demo of each chapter that its picture shows
+RACING = {3, 8}
+LANGUAGES = {"en": FOLDER, "zh_CN": FOLDER / "zh_CN"}
+
+
+def load(number: int) -> tuple[str, Any]:
+    """The file name and the module of a chapter."""
+    (path,) = FOLDER.parent.glob(f"{number:02d}_*.py")
+    spec = importlib.util.spec_from_file_location(f"chapter_{number:02d}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return path.name, module
+
+
+def record(number: int) -> str:
+    """Play one demo of a chapter on a recording console, and export what it drew."""
+    name, chapter = load(number)
+    # Not a terminal: there, rich would record each frame of what moves.
+    chapter.console = Console(
+        record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False
+    )
+    chapter.play(DEMOS[number])
+    picture: str = chapter.console.export_svg(title=f"python {name} {DEMOS[number]}", unique_id="w")
+    return tidied(picture)
+
+
+def tidied(picture: str) -> str:
+    """A picture that loads no font from elsewhere, and gives Chinese characters their two cells."""
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+    picture = re.sub(r'textLength="([\d.]+)"([^>]*)>([^<]*)', in_cells, picture)
+    return "\n".join(line.rstrip() for line in picture.splitlines()) + "\n"
+
+
+def in_cells(text: re.Match[str]) -> str:
+    """The length of a text by its cells; rich's export counts characters."""
+    length, attributes, content = text.groups()
+    said = html.unescape(content)
+    width = float(length) / len(said) * cell_len(said)
+    return f'textLength="{width:g}"{attributes}>{content}'
+
+
+def lines(picture: str) -> list[str]:
+    """What a picture says, line by line, without what differs from run to run."""
+    rows: dict[float, str] = {}
+    for height, text in re.findall(
+        r'<text[^>]* y="([\d.]+)"[^>]*>(.*?)</text>', picture, re.DOTALL
+    ):
+        rows[float(height)] = rows.get(float(height), "") + html.unescape(text)
+    return [comparable(rows[height].replace("\xa0", " ")) for height in sorted(rows)]
+
+
+def comparable(line: str) -> str:
+    line = re.sub(r"/\S*(tmp|temp)\S*", "PATH", line, flags=re.IGNORECASE)
+    line = re.sub(r"(process|进程) \d+", "process", line)
+    if re.search(r"\d ms\b|\d s\b|│ \d+\.\d", line):  # a time is in it
+        line = re.sub(r"[\d.,]*\d", "0", line)
+    return " ".join(line.split())
+
+
+def said(number: int, picture: str) -> list[str]:
+    """The lines in their order; where tasks race, the words alone: who comes first is chance."""
+    if number not in RACING:
+        return lines(picture)
+    letters = (re.sub(r"[\d·█▉▊▋▌▍▎▏▐▕.]+", " ", line) for line in lines(picture))
+    return sorted(word for line in letters for word in line.split())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--language", choices=LANGUAGES, help="only this one")
+    arguments = parser.parse_args()
+    if not arguments.language:
+        command = [sys.executable, __file__, *(["--check"] if arguments.check else [])]
+        return max(
+            subprocess.run(
+                [*command, "--language", language],
+                env={**os.environ, "LANGUAGE": language, "COLORTERM": "truecolor"},
+                check=False,
+            ).returncode
+            for language in LANGUAGES
+        )
+    stale = 0
+    for number in DEMOS:
+        path = LANGUAGES[arguments.language] / f"chapter_{number:02d}.svg"
+        picture = record(number)
+        if not arguments.check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(picture, encoding="utf-8")
+        elif not path.exists() or said(number, path.read_text(encoding="utf-8")) != said(
+            number, picture
+        ):
+            print(f"{path.name} ({arguments.language}) is stale: run python assets/record.py")
+            stale = 1
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
