@@ -96,11 +96,16 @@ def comparable(line: str) -> str:
 
 
 def said(number: int, picture: str) -> list[str]:
-    """The lines in their order; where tasks race, the words alone: who comes first is chance."""
+    """The lines in their order; where tasks race, the words alone: who comes first is chance.
+
+    A word in capitals is then a bar of a chart, drawn in the letter of a job.
+    """
     if number not in RACING:
         return lines(picture)
-    letters = (re.sub(r"[\d·█▉▊▋▌▍▎▏▐▕.]+", " ", line) for line in lines(picture))
-    return sorted(word for line in letters for word in line.split())
+    letters = (re.sub(r"[\d·.\u2500-\u259f]+", " ", line) for line in lines(picture))
+    return sorted(
+        word for line in letters for word in line.split() if not word.strip(",").isupper()
+    )
 
 
 def main() -> int:
