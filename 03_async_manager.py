@@ -11,7 +11,7 @@ fairly among tasks, and lose nothing when a task is cancelled, at whichever `awa
     python 03_async_manager.py 2 3       play demos 2 and 3 alone
     python 03_async_manager.py --live    ask a real model: OPENAI_API_KEY, _BASE_URL, _MODEL
 
-Read `GPUPool` first; each comment that begins "subtle:" is a bug that pools in use today have.
+Read `GPUPool` first; a comment that begins "subtle:" marks a trap, where simpler code fails.
 The scopes of tasks overlap, so the demos draw them on a time axis instead of as brackets.
 
 Left out: threads (chapter 04), budgets (chapter 05), resources known only at run time (07).
@@ -364,8 +364,12 @@ class Chart:
         return self
 
     def __exit__(self, *error: object) -> None:
-        first = min((began for _row, _letter, began, _ended in self.spans), default=0.0)
-        total = max((ended for *_span, ended in self.spans), default=1.0) - first
+        if self.spans:
+            self.draw()
+
+    def draw(self) -> None:
+        first = min(began for _row, _letter, began, _ended in self.spans)
+        total = max(ended for *_span, ended in self.spans) - first
         width = min(console.width, 100) - 20
         for row in sorted({span[0] for span in self.spans}):
             cells = ["·"] * width
@@ -377,13 +381,21 @@ class Chart:
         console.print(f"{'':18} 0{1000 * total:{width - 4}.0f} ms", style="dim")
 
 
+def label(gpu: GPU) -> str:
+    return f"{gpu.index:2}: {gpu.name}"  # the name alone may be that of all devices
+
+
 async def train(
-    pool: GPUPool, chart: Chart, job: str, *steps: str, step_done: Callable[[], object] = bool
+    pool: GPUPool,
+    chart: Chart,
+    job: str,
+    *arguments: str,
+    step_done: Callable[[], object] = lambda: None,
 ) -> str:
-    """Hold a device while a worker process takes steps: CPU work in place of training."""
+    """Hold a device while a worker process takes steps; return the device that the worker saw."""
     seen = ""
-    async with pool.acquire() as gpu, chart.span(gpu.name, job):
-        async with gpu_worker(gpu, sys.executable, "-ISc", WORK, *steps) as worker:
+    async with pool.acquire() as gpu, chart.span(label(gpu), job):
+        async with gpu_worker(gpu, sys.executable, "-ISc", WORK, *arguments) as worker:
             assert worker.stdout
             async for line in worker.stdout:
                 seen = line.decode().strip()
@@ -398,12 +410,12 @@ async def demo_pool() -> None:
 
     Nine jobs, few devices. `pool.acquire()` waits in line for a device, and gives it back however
     the block ends. In it each job runs a **worker process**, which sees this device alone and is
-    gone before the device is handed on. The chart is drawn from what happened: a letter is a job.
+    gone before the device is handed on. (It computes on the CPU, as a stand-in for training.) The
+    chart is drawn from what happened: a letter is a job.
     """
     gpus, tasks = discover_gpus(), {}
     for gpu in gpus:
-        memory = f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""
-        console.print(f"{gpu.index}: {gpu.name}{memory}")
+        console.print(label(gpu) + (f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""))
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with Chart() as chart, bars:
         async with GPUPool(gpus) as pool, asyncio.TaskGroup() as group:
@@ -553,6 +565,9 @@ async def demo_sessions() -> None:
     third is cancelled half-way: it leaves no trace in her session, which stays usable.
     """
     model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini") if live else "gpt-4o-mini"
+    if not live:
+        told = _("A stand-in plays the model: {ms:.0f} ms a call, a token for each word.")
+        console.print(told.format(ms=1000 * LATENCY))
     options: dict[str, Any] = {"model": model, "max_concurrency": asyncio.Semaphore(2)}
     with Chart() as chart:
         async with charted_client(chart) as client, AsyncExitStack() as stack:
@@ -587,11 +602,25 @@ def play(number: int) -> None:
     title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
     console.rule(f"[bold]{number} · {title}", align="left")
     console.print(Markdown(lesson), "")
+    failures: list[Exception] = []
     try:
         asyncio.run(demo())
-    except* OpenAIError as errors:
-        console.print(f"{errors.exceptions[0]!r}", style="red", markup=False)
+    except* (OpenAIError, ReplyError) as group:  # of --live, from a task of its own or not
+        failures += group.exceptions
+    if failures:
+        sys.exit(f"{Path(__file__).name}: the model did not answer: {failures[0]!r}")
     console.print()
+
+
+def show_key_points() -> None:
+    points = _("""\
+* Between taking a resource and the `try` that gives it back, there is no `await`.
+* Hand a freed resource to the one who waits longest; waking somebody up is not enough.
+* A cancelled waiter may hold what it was just given: hand that on.
+* An `await` in cleanup can be cancelled. Finish it all the same, within bounds.
+* Start tasks in a `TaskGroup`: when its block is left, none of them runs any more.""")
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(Markdown(points))
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -615,17 +644,10 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
+        show_key_points()
     except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: 3.11, after a group failed
         console.print(_("Interrupted. The tasks were cancelled, and gave their devices back."))
         return 130
-    console.rule(_("[bold]Key points"), align="left")
-    lessons = _("""\
-* Between taking a resource and the `try` that gives it back, there is no `await`.
-* Hand a freed resource to the one who waits longest; waking somebody up is not enough.
-* A cancelled waiter may hold what it was just given: hand that on.
-* An `await` in cleanup can be cancelled. Finish it all the same, within bounds.
-* Start tasks in a `TaskGroup`: when its block is left, none of them runs any more.""")
-    console.print(Markdown(lessons))
     return 0
 
 

@@ -1097,12 +1097,23 @@ def test_demo_1_each_device_holds_one_job_at_a_time_and_every_job_saw_its_own_de
     spans: list[Span] = chapter.charts[0].spans
     assert sorted(letter for _row, letter, *_times in spans) == list("ABCDEFGHI")
     rows = {row for row, *_rest in spans}
-    assert rows == {gpu.name for gpu in STAND_INS}
+    assert rows == {f"{gpu.index:2}: {gpu.name}" for gpu in STAND_INS}
     assert all(most_at_once(span for span in spans if span[0] == row) == 1 for row in rows)
     device_of = {letter: row[-1] for row, letter, *_times in spans}
     saw = " ".join(f"{job}={device_of[job]}" for job in "ABCDEFGHI")
     assert f"CUDA_VISIBLE_DEVICES, as each worker saw it: {saw}" in " ".join(printed.split())
     assert "in_use=0, waiting=0" in printed
+
+
+def test_demo_1_draws_a_row_for_each_device_though_all_bear_one_name(
+    played: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [chapter.GPU(index, "NVIDIA H200", 143_771) for index in range(2)]
+    monkeypatch.setattr(chapter, "discover_gpus", lambda: same)
+    printed = played("demo_pool").splitlines()
+    assert printed[:2] == [f" {index}: NVIDIA H200, 143771 MiB" for index in range(2)]
+    for index in range(2):
+        assert printed[2 + index].startswith(f" {index}: NVIDIA H200    {'AB'[index]}")
 
 
 def test_demo_1_shows_progress_bars_in_a_terminal(
@@ -1152,6 +1163,7 @@ def test_demo_5_two_calls_at_once_in_all_one_in_each_session_and_a_cancelled_tur
     played: Callable[[str], str],
 ) -> None:
     printed = played("demo_sessions")
+    assert printed.startswith("A stand-in plays the model: 30 ms a call, a token for each word.\n")
     spans: list[Span] = chapter.charts[0].spans
     assert most_at_once(spans) == 2
     for name, turns in (("Ada", "1233"), ("Bob", "12"), ("Cem", "12")):
@@ -1166,7 +1178,9 @@ def test_demo_5_two_calls_at_once_in_all_one_in_each_session_and_a_cancelled_tur
     assert Decimal(ada.split("│")[4].strip()) == cost
 
 
-def test_the_chart_draws_each_span_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chart_draws_each_span_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     console = Console(width=40, file=io.StringIO(), highlight=False)
     monkeypatch.setattr(chapter, "console", console)
     with pytest.raises(LookupError), chapter.Chart() as chart:
@@ -1177,3 +1191,41 @@ def test_the_chart_draws_each_span_where_it_was(monkeypatch: pytest.MonkeyPatch)
         f"{'b':19}··········XXXXXXXXXX",
         f"{'':19}0{'20 ms':>19}",
     ]
+
+
+def test_a_chart_without_spans_draws_nothing(played: Callable[[str], str]) -> None:
+    async def nothing() -> None:
+        with chapter.Chart():
+            pass
+
+    chapter.demo_nothing = nothing
+    try:
+        assert played("demo_nothing") == ""
+    finally:
+        del chapter.demo_nothing
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [(401, {"error": {"message": "no such key"}}, "AuthenticationError"), (200, {}, "ReplyError")],
+)
+def test_live_ends_with_one_line_where_the_model_does_not_answer(
+    status: int,
+    body: dict[str, Any],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def refuse(*request: object) -> httpx2.Response:
+        return httpx2.Response(status, json=body)
+
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", refuse)
+    monkeypatch.setattr(chapter, "live", False)
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.setattr(sys, "argv", ["03_async_manager.py", "--live", "5"])
+    with pytest.raises(SystemExit) as ended:
+        chapter.main()
+    message = str(ended.value.code)
+    assert message.startswith(f"03_async_manager.py: the model did not answer: {error}(")
+    assert "\n" not in message
+    assert "stand-in" not in capsys.readouterr().out
