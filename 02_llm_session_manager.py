@@ -59,7 +59,7 @@ from openai import APIError, APIResponseValidationError, OpenAI, OpenAIError, St
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
@@ -177,14 +177,23 @@ def count_tokens(messages: Iterable[Mapping[str, str]], model: str) -> int:
     )
 
 
-MARK = b"\0\0\0\1LLMs"  # user_version 1, and an application_id of our own
+MARKS = {"user_version": 1, "application_id": int.from_bytes(b"LLMs")}  # of our journals
 SET_UP = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS turns (session, number, prompt, reply, requests, input_tokens,
         cached_input_tokens, output_tokens, cost, UNIQUE (session, number));
-    PRAGMA user_version = {int.from_bytes(MARK[:4])};
-    PRAGMA application_id = {int.from_bytes(MARK[4:])};
+    PRAGMA user_version = {MARKS["user_version"]};
+    PRAGMA application_id = {MARKS["application_id"]};
     COMMIT;"""
+
+
+def is_journal(path: Path) -> bool:
+    """Whether the file is ours, or empty. It is only read: SQLite may write to what it opens."""
+    # subtle: not with open(), whose close() would drop every lock that SQLite has on the file.
+    address = f"{path.absolute().as_uri()}?immutable=1"
+    with closing(sqlite3.connect(address, uri=True)) as file:
+        marks = [file.execute(f"PRAGMA {name}").fetchone() for name in MARKS]
+    return marks == [(mark,) for mark in MARKS.values()] or path.stat().st_size == 0
 
 
 @contextmanager
@@ -193,15 +202,12 @@ def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
 
     Raises JournalError for a damaged or foreign file, and leaves it untouched.
     """
-    header = b""
-    if path.exists():
-        with path.open("rb") as file:  # subtle: SQLite may write to a file while opening it
-            header = file.read(72)
-    if header and header[:16] + header[60:64] + header[68:] != b"SQLite format 3\0" + MARK:
-        raise JournalError(f"{path} is no journal of sessions: choose another file")
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    with closing(connection) as journal:
+    with ExitStack() as stack:
         try:
+            if path.exists() and not is_journal(path):
+                raise JournalError(f"{path} is no journal of sessions: choose another file")
+            journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            stack.enter_context(closing(journal))
             if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
                 raise sqlite3.DatabaseError(check)
             journal.executescript(SET_UP)
@@ -261,7 +267,8 @@ def hide(key: str, error: APIError) -> None:
 class LLMSession:
     """A conversation whose turns are transactions: a turn is in it as a whole, or not at all.
 
-    `usage` (tokens) and `cost` (US dollars) hold what failed turns were billed, too.
+    `usage` (tokens) and `cost` (US dollars) hold what failed turns were billed, too. Of a call
+    that Ctrl-C cut short, one request is counted: the client does not tell of its retries then.
     """
 
     name: str
@@ -332,6 +339,7 @@ class LLMSession:
         """A turn as a transaction: at its end it joins the conversation, or else only the bill."""
         self._check_ready()
         with self._one_turn:
+            self._check_open()  # subtle: a thread may have waited here until the block was left
             turn = self._begin(message("user", prompt))
             rows = self._rows_written()
             try:
@@ -380,8 +388,7 @@ class LLMSession:
         try:
             self.journal.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.IntegrityError as error:
-            problem = "the journal has this turn from another block: open the session again"
-            raise JournalError(problem) from error
+            raise JournalError("the journal has this turn from another block") from error
 
     def _accept(self, turn: Turn) -> None:
         reply = message("assistant", turn.reply)
@@ -394,8 +401,11 @@ class LLMSession:
             turn.requests = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
             hide(self.client.api_key, error)
         usage = turn.usage(self.model)
-        refused = getattr(error, "status_code", None) in (400, 401, 403, 404, 422)
-        advice = "Correct model, key or prompt." if refused else "Ask again, or resume it later."
+        advice = "Ask again, or resume it later."
+        if getattr(error, "status_code", None) in (400, 401, 403, 404, 422):
+            advice = "Correct model, key or prompt."
+        elif isinstance(error, JournalError):
+            advice = "Open the session again."
         note = (
             f"Session {self.name!r}, turn {turn.number}: rolled back after {usage.requests}"
             f" request(s) and {usage.output_tokens} output token(s). {advice}"
@@ -492,16 +502,18 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
 
 console = Console(highlight=False)
 _ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
+open_brackets: list[str] = []
 settings = argparse.Namespace(live=False)
 MODEL = "gpt-4o-mini"
 SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
 
 
-def say(text: str, bar: str = "│ ", style: str = "") -> None:
-    """Print a paragraph, each of its lines behind the bar of the open bracket."""
-    for line in Text.from_markup(text, style=style).wrap(console, console.width - len(bar)):
+def say(text: str) -> None:
+    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
+    bars = "│ " * len(open_brackets)
+    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
         line.rstrip()
-        console.print(Text.assemble((bar, "dim"), line))
+        console.print(Text.assemble((bars, "dim"), line))
 
 
 @contextmanager
@@ -509,7 +521,8 @@ def shown(
     name: str, *script: httpx2.Response | BaseException | None, **options: Any
 ) -> Iterator[LLMSession]:
     """Hold a session, with the stand-in unless `options` has a client; draw it as a bracket."""
-    say(f"┌ [bold]llm_session({name!r})[/]", "")
+    say(f"┌ [bold]llm_session({name!r})[/]")
+    open_brackets.append(name)
     session: LLMSession | None = None
     by = ""
     try:
@@ -522,8 +535,9 @@ def shown(
         by = f" ({type(error).__name__})"
         raise
     finally:
+        open_brackets.pop()
         state = session.state.value if session else _("not opened")
-        say(f"└ [bold]{state}[/]{by}{bill(session) if session else ''}", "")
+        say(f"└ [bold]{state}[/]{by}{bill(session) if session else ''}")
 
 
 def bill(session: LLMSession) -> str:
@@ -536,11 +550,11 @@ def bill(session: LLMSession) -> str:
     )
 
 
-def tell(error: OpenAIError, bar: str = "│ ") -> None:
+def tell(error: OpenAIError) -> None:
     """Show an error, and the note that the session has added to it."""
-    say(escape(f"{type(error).__name__}: {error}"), bar, style="red")
+    say(f"[red]{escape(f'{type(error).__name__}: {error}')}[/]")
     for note in error.__notes__:
-        say(escape(note), bar)
+        say(escape(note))
 
 
 def failed(status: int) -> httpx2.Response:
@@ -563,12 +577,12 @@ def demo_life_cycle() -> None:
         try:
             tutor.ask("And one more thing?")
         except SessionClosedError as error:
-            say(f"[red]{type(error).__name__}: {error}[/]", bar="")
+            say(f"[red]{type(error).__name__}: {error}[/]")
         with suppress(ZeroDivisionError), shown("accountant", client=client) as accountant:
             say(accountant.ask("What does each answer cost?"))
             say(str(1 / 0))
-        say(_("after both sessions the client is closed: {yes}").format(yes=client.is_closed()), "")
-    say(_("after its own block it is closed: {yes}").format(yes=client.is_closed()), "")
+        say(_("after both sessions the client is closed: {yes}").format(yes=client.is_closed()))
+    say(_("after its own block it is closed: {yes}").format(yes=client.is_closed()))
 
 
 def demo_tokens_and_cost() -> None:
@@ -630,9 +644,9 @@ def demo_a_turn_is_a_transaction() -> None:
             try:
                 careless_ask(client.chat.completions, messages, "What is a transaction?")
             except AttributeError as error:
-                say(f"[red]{type(error).__name__}: {error}[/]", "")
+                say(f"[red]{type(error).__name__}: {error}[/]")
     roles = " → ".join(said["role"] for said in messages)
-    say(_("[red]the conversation after asking again: {roles}[/]").format(roles=roles), "")
+    say(_("[red]the conversation after asking again: {roles}[/]").format(roles=roles))
     failures = {
         "429": [failed(429) for _attempt in range(3)],
         "401": [failed(401)],
@@ -663,7 +677,7 @@ def demo_interrupted_stream() -> None:
         say(_("after break: {usage}").format(usage=session.usage))
         abandoned = session.stream("Tell me another one.")
         say(repr(next(abandoned)))
-    say(_("messages: {messages}").format(messages=session.messages), "")
+    say(_("messages: {messages}").format(messages=session.messages))
 
 
 def talk_on(journal: str) -> None:
@@ -695,7 +709,7 @@ def demo_kill() -> None:
                 child.kill()
             reports += child.stdout.readlines()
         killed = _("killed after it had reported {turns} turns; exit status {status}")
-        say(killed.format(turns=int(reports[-1]), status=child.returncode), "")
+        say(killed.format(turns=int(reports[-1]), status=child.returncode))
         with shown("talk", journal=journal) as talk:
             say(_("resumed with {turns} turns").format(turns=len(talk.messages) // 2))
             say(talk.ask("Where were we?"))
@@ -705,7 +719,8 @@ def review(parts: list[str], talk: LLMSession, table: Table) -> None:
     """Ask about each part that the conversation does not have yet; a row for each turn."""
     done = len(talk.messages) // 2
     steps = list(enumerate(parts, 1))[done:]
-    with Progress(console=console) as progress:
+    bar = BarColumn(), MofNCompleteColumn()
+    with Progress("[dim]│[/] {task.description}", *bar, console=console) as progress:
         task = progress.add_task(_("reviewing"), total=len(parts), completed=done)
         for number, part in steps:
             before, paid = talk.usage, talk.cost
@@ -726,7 +741,7 @@ def live_options() -> dict[str, Any]:
     try:
         list_price(Usage(), options["model"])
     except LookupError:
-        say(_("No price is known for {model}: it is shown as 0.").format(**options), "")
+        say(_("No price is known for {model}: it is shown as 0.").format(**options))
         options["price"] = lambda usage: Decimal(0)
     return options
 
@@ -753,7 +768,7 @@ def demo_review() -> None:
                     review(parts, talk, table)
                 break
             except OpenAIError as error:
-                tell(error, bar="")
+                tell(error)
                 script = []
     console.print(table)
 
@@ -769,6 +784,16 @@ def play(number: int) -> None:
     console.print(Markdown(lesson), "")
     demo()
     console.print()
+
+
+def show_key_points() -> None:
+    points = _("""\
+* Whoever opens a client closes it.
+* A turn is a transaction: question and answer together, or neither. The bill stays.
+* Count before the call, pay by the API's usage, and add up in `Decimal`.
+* What must survive `kill -9` is on the disk before the caller hears of it.""")
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(Markdown(points))
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -788,23 +813,14 @@ def main() -> int:
     if settings.live and not os.environ.get("OPENAI_API_KEY"):
         parser.error("--live needs OPENAI_API_KEY (any word, for a server that asks for none)")
     if not settings.live:
-        say(_("The model here is a stand-in; all else is real. For a real one: --live."), "")
+        say(_("The model here is a stand-in; all else is real. For a real one: --live."))
     try:
         for number in chosen:
             play(number)
+        show_key_points()
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(
-        Markdown(
-            _("""\
-* Whoever opens a client closes it.
-* A turn is a transaction: question and answer together, or neither. The bill stays.
-* Count before the call, pay by the API's usage, and add up in `Decimal`.
-* What must survive `kill -9` is on the disk before the caller hears of it.""")
-        )
-    )
     return 0
 
 

@@ -460,6 +460,13 @@ def test_requests_that_the_client_retried_are_counted() -> None:
         assert len(talk.messages) == 2
 
 
+def test_of_a_call_that_ctrl_c_cut_short_one_request_is_counted() -> None:
+    with session(refusal(500), KeyboardInterrupt()) as talk:
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask("Hello")
+        assert (talk.messages, talk.usage) == ([], chapter.Usage(requests=1))
+
+
 @pytest.mark.parametrize(("status", "advice"), [(429, "Ask again"), (401, "Correct model, key")])
 def test_the_note_says_what_to_do(status: int, advice: str) -> None:
     with (
@@ -769,7 +776,8 @@ def foreign_files(folder: Path) -> Iterator[Path]:
 def test_a_foreign_file_is_refused_and_left_untouched(tmp_path: Path) -> None:
     for file in foreign_files(tmp_path):
         before, listed = file.read_bytes(), os.listdir(tmp_path)
-        with pytest.raises(chapter.JournalError, match="is no journal of sessions: choose another"):
+        reason = "is no journal of sessions: choose another|cannot be used: file is not a database"
+        with pytest.raises(chapter.JournalError, match=reason):
             session(journal=file).__enter__()
         assert file.read_bytes() == before
         assert os.listdir(tmp_path) == listed
@@ -808,8 +816,9 @@ def test_of_two_blocks_on_one_conversation_none_overwrites_the_other(tmp_path: P
     journal = tmp_path / "journal"
     with session(journal=journal) as one, session(journal=journal) as other:
         reply = one.ask("from one")
-        with pytest.raises(chapter.JournalError, match="from another block: open the session"):
+        with pytest.raises(chapter.JournalError, match="from another block") as caught:
             other.ask("from the other")
+        assert caught.value.__notes__[0].endswith("Open the session again.")
         assert other.messages == []
         assert other.usage.requests == 1
         bill = one.cost + other.cost
@@ -819,6 +828,54 @@ def test_of_two_blocks_on_one_conversation_none_overwrites_the_other(tmp_path: P
         assert [message["content"] for message in talk.messages[:2]] == ["from one", reply]
         assert len(talk.messages) == 4
         assert talk.cost == bill  # the reply that found no place was paid for all the same
+
+
+COUNT_TURNS = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(*connection.execute("SELECT count(*) FROM turns").fetchone())
+connection.close()
+"""
+
+
+def test_a_second_session_on_the_journal_leaves_the_first_its_locks(tmp_path: Path) -> None:
+    """Without them, a process that closes the file last deletes a log that is still written to."""
+    journal = tmp_path / "journal"
+
+    def turns_seen_by_another_process() -> int:
+        command = [sys.executable, "-c", COUNT_TURNS, str(journal)]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    with session(name="first", journal=journal) as talk, session(name="second", journal=journal):
+        for turn in (1, 2, 3):
+            talk.ask("Hello")
+            assert turns_seen_by_another_process() == turn
+
+
+def test_a_journal_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing" / "journal"
+    with pytest.raises(chapter.JournalError, match=r"missing.journal cannot be used: unable to"):
+        session(journal=missing).__enter__()
+
+
+def test_a_turn_cannot_begin_after_its_block(tmp_path: Path) -> None:
+    class TakenLate:
+        """A lock for which a thread waited so long that the session was closed meanwhile."""
+
+        def locked(self) -> bool:
+            return False
+
+        def __enter__(self) -> None:
+            talk.state = chapter.SessionState.CLOSED
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    with session() as talk:
+        talk._one_turn = TakenLate()
+        with pytest.raises(chapter.SessionClosedError):
+            talk.ask("Hello?")
+        assert talk.usage == chapter.Usage()
 
 
 def test_a_turn_that_cannot_be_written_down_has_not_happened(tmp_path: Path) -> None:
@@ -1142,7 +1199,7 @@ def subject(folder: Path | None, monkeypatch: pytest.MonkeyPatch) -> Subject:
         faults = [
             lambda: changed(chapter, "SET_UP", "CREATE TABLE broken ("),
             *faults,
-            lambda: changed(chapter, "MARK", b"foreign!"),
+            lambda: changed(chapter, "MARKS", {"user_version": 2}),
         ]
     return Subject(
         open=lambda: chapter.llm_session(next(names), journal=journal),
