@@ -50,7 +50,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import httpx2
 from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
@@ -61,8 +61,11 @@ from rich.tree import Tree
 T = TypeVar("T")
 Clock = Callable[[], float]
 logger = logging.getLogger("workshop.smart_session")
-live = False  # main() sets it for --live: until then no client that is made here goes out
+
+# What an ask without a session of its own model uses, and what the clients made below send through.
 default_model = "gpt-4o-mini"
+default_transport: Callable[[], httpx2.BaseTransport] = httpx2.HTTPTransport
+default_async_transport: Callable[[], httpx2.AsyncBaseTransport] = httpx2.AsyncHTTPTransport
 
 
 class SessionClosedError(RuntimeError):
@@ -208,11 +211,12 @@ def recording_client(
     """An OpenAI client whose every call is recorded in the session current where it is made.
 
     Code that uses the client need not know: its transport does the recording.
-    transport: the stand-in below where it is None, or a real one where `live` is set.
+    transport: what it sends through, `default_transport()` where it is None. This one asks no
+    HTTPS_PROXY: for a proxy, pass `httpx2.HTTPTransport(proxy=...)`.
     clock: seconds, for durations. The options are those of OpenAI.
     """
     options.setdefault("api_key", os.environ.get("OPENAI_API_KEY", "none"))  # as for Ollama
-    recorder = _Recorder(transport, httpx2.HTTPTransport, clock)
+    recorder = _Recorder(transport or default_transport(), clock)
     return OpenAI(http_client=DefaultHttpxClient(transport=recorder, headers=PLAIN), **options)
 
 
@@ -223,7 +227,7 @@ def async_recording_client(
 ) -> AsyncOpenAI:
     """The same, asynchronous. Close it, best by `async with`, on the loop that uses it."""
     options.setdefault("api_key", os.environ.get("OPENAI_API_KEY", "none"))
-    recorder = _Recorder(transport, httpx2.AsyncHTTPTransport, clock)
+    recorder = _Recorder(transport or default_async_transport(), clock)
     http_client = DefaultAsyncHttpxClient(transport=recorder, headers=PLAIN)
     return AsyncOpenAI(http_client=http_client, **options)
 
@@ -236,10 +240,8 @@ FLAVORS = {"completions": "chat", "responses": "responses", "embeddings": "embed
 class _Recorder(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     """Hands each request to another transport, and records it: also one that fails."""
 
-    def __init__(self, transport: Any, real: Callable[[], Any], clock: Clock) -> None:
-        default = real if live else partial(httpx2.MockTransport, stand_in)
-        self._transport = transport or default()
-        self._clock = clock
+    def __init__(self, transport: Any, clock: Clock) -> None:
+        self._transport, self._clock = transport, clock
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         with _Recording(request, self._clock) as recording:
@@ -334,6 +336,14 @@ class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             self.call.cost = price.total_price
 
 
+# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+
+console = Console(highlight=False)
+_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
+open_brackets: list[str] = []
+live = False  # main() sets it for --live
+
+
 def stand_in(request: httpx2.Request) -> httpx2.Response:
     """The model's part, played in this process: an echo, billed at a token for each word."""
     body = json.loads(request.content)
@@ -355,11 +365,8 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
     return httpx2.Response(200, content=events, headers={"content-type": "text/event-stream"})
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
-
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
+# Until main() hears --live, no client that this script makes goes out.
+default_transport = default_async_transport = partial(httpx2.MockTransport, stand_in)
 
 
 def say(text: str) -> None:
@@ -405,8 +412,9 @@ def drawn(session: Session) -> Tree:
     for call in session.calls:
         tokens = f"{call.usage.input_tokens} → {call.usage.output_tokens}" if call.usage else "?"
         cost = "?" if call.cost is None else f"${call.cost:f}"
-        told = _("{model}: {tokens} tokens, {cost}, {ms:.1f} ms").format(
-            model=escape(str(call.model)), tokens=tokens, cost=cost, ms=1000 * (call.duration or 0)
+        took = "?" if call.duration is None else f"{1000 * call.duration:.1f}"
+        told = _("{model}: {tokens} tokens, {cost}, {ms} ms").format(
+            model=escape(str(call.model)), tokens=tokens, cost=cost, ms=took
         )
         tree.add(f"{told} [red]{call.error or ''}[/]")
     tree.children += map(drawn, session.children)
@@ -517,7 +525,8 @@ def demo_beside_llamabot() -> None:
     on leaving it set `None`. Today's `span` (0.19.16) gives a nested span no parent, records no
     tokens, and where its database cannot be written, that error hides the one of the body. The
     middle column runs **these rules**, in a few lines of our own; the right one runs
-    `smart_session`. A number tells how many calls were recorded, of the one that was made.
+    `smart_session`. A number tells how many calls were recorded, of the one that was made. The
+    warning is ours, from the last scene: what went wrong is logged, and hides nothing.
     """
     theirs, ours = (lambda name: recording(Session(name)), record), (smart_session, ask)
     unwritable = partial(span, database="no such folder/spans.db")
@@ -671,7 +680,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def main() -> int:
-    global live, default_model
+    global live, default_model, default_transport, default_async_transport
     formatter = argparse.RawDescriptionHelpFormatter
     parser = CommandLine(description=__doc__, formatter_class=formatter)
     parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
@@ -684,10 +693,14 @@ def main() -> int:
     logging.basicConfig(handlers=[Log()])
     if options.live:
         live, default_model = True, os.environ.get("OPENAI_MODEL", default_model)
+        default_transport = httpx2.HTTPTransport
+        default_async_transport = httpx2.AsyncHTTPTransport
     try:
         for number in chosen:
             play(number)
         show_key_points()
+    except OpenAIError as error:
+        parser.exit(1, f"{parser.prog}: {default_model} did not answer: {error}\n")
     except KeyboardInterrupt:
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import json
 import logging
 import os
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from decimal import Decimal
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import httpx2
 import openai
@@ -945,9 +947,37 @@ def test_without_a_transport_the_stand_in_answers_even_where_a_key_is_set(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://192.0.2.1/v1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")  # it asks no proxy either
     with recording_client() as client, smart_session("offline") as session:
         assert "stand-in" in ask("Is it?", client=client)
         assert "stand-in" in ask("Is it?")
+    assert len(session.calls) == 2
+
+
+@pytest.mark.asyncio
+async def test_the_managers_alone_send_to_the_real_server_and_know_no_stand_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who copies the part above the demos must not be answered by a stand-in without knowing."""
+    managers, _divider, _demos = inspect.getsource(chapter).partition("\n# --- Demos")
+    assert "stand_in" not in managers
+    module = types.ModuleType("managers_alone")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclass looks types up
+    exec(compile(managers, "managers_alone", "exec"), vars(module))
+
+    def answer(transport: object, request: httpx2.Request) -> httpx2.Response:
+        assert request.url.host == "192.0.2.1"
+        return cast(httpx2.Response, chapter.stand_in(request))
+
+    async def answer_async(transport: object, request: httpx2.Request) -> httpx2.Response:
+        return answer(transport, request)
+
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://192.0.2.1/v1")
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", answer)
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", answer_async)
+    with module.smart_session("real") as session:
+        module.ask("Is it?")
+        await module.ask_async("Is it?")
     assert len(session.calls) == 2
 
 
@@ -1063,6 +1093,10 @@ class StandInServer(BaseHTTPRequestHandler):
     asked: ClassVar[list[Any]] = []
 
     def do_POST(self) -> None:
+        if "nowhere" in self.path:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_error(404)
+            return
         content = self.rfile.read(int(self.headers["content-length"]))
         self.asked.append(json.loads(content))
         reply = chapter.stand_in(httpx2.Request("POST", "http://stand-in", content=content))
@@ -1107,6 +1141,13 @@ def test_live_asks_the_model_and_the_server_of_the_environment(server: str) -> N
     assert "local-model: 6 → 9 tokens, ?" in ended.stdout  # no price is known for it
 
 
+def test_live_ends_with_one_line_where_the_model_does_not_answer(server: str) -> None:
+    ended = run_script("--live", "1", OPENAI_BASE_URL=f"{server}/nowhere", OPENAI_MODEL="refused")
+    assert ended.returncode == 1
+    assert re.fullmatch(r"04_smart_session\.py: refused did not answer: .+\n", ended.stderr)
+    assert "└ left by NotFoundError" in ended.stdout
+
+
 def test_without_live_nothing_goes_out_though_a_key_is_set(server: str) -> None:
     ended = run_script(OPENAI_BASE_URL=server, OPENAI_API_KEY="sk-real", OPENAI_MODEL="local")
     assert ended.returncode == 0, ended.stderr
@@ -1124,6 +1165,12 @@ def test_the_tree_shows_nested_sessions_with_their_tokens_and_costs() -> None:
         "└── title  $0.0001175",
         "    └── gpt-4o: 7 → 10 tokens, $0.0001175 ",
     ]
+
+
+def test_the_tree_does_not_invent_a_duration(capsys: pytest.CaptureFixture[str]) -> None:
+    session = chapter.Session("under way", calls=[chapter.Call("/v1/chat/completions", "gpt-4o")])
+    chapter.console.print(chapter.drawn(session))
+    assert "gpt-4o: ? tokens, ?, ? ms" in capsys.readouterr().out
 
 
 def test_the_generators_demo_shows_the_leak_and_its_absence(
