@@ -251,25 +251,32 @@ def say(text: str) -> None:
 @asynccontextmanager
 async def shown(label: str, manager: Manager[T]) -> AsyncIterator[T]:
     """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
-    say(f"┌ [bold]{label}[/]")
+    say(f"┌ [bold]{escape(label)}[/]")
     open_brackets.append(label)
-    how, marks = _("left at its end"), [time.perf_counter()]
+    how = ""
+    marks = [time.perf_counter()]
     try:
         async with AsyncExitStack() as stack:
             value = await enter(stack, manager)
             marks.append(time.perf_counter())
-            stack.callback(lambda: marks.append(time.perf_counter()))
-            yield value
+            try:
+                yield value
+            except BaseException as error:
+                how = _("left by {error}").format(error=type(error).__name__)
+                raise
+            finally:
+                marks.append(time.perf_counter())
     except BaseException as error:
-        how = _("left by {error}") if len(marks) > 1 else _("setup raised {error}")
-        how = how.format(error=type(error).__name__)
+        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
+        how = how or failed.format(error=type(error).__name__)
         raise
     finally:
         marks.append(time.perf_counter())
         open_brackets.remove(label)
         spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
         times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ [bold]{label}[/] {how}  [dim]{times} ms[/]")
+        how = how or _("left at its end")
+        say(f"└ [bold]{escape(label)}[/] {how}  [dim]{times} ms[/]")
 
 
 def show_code(*pieces: Callable[..., Any]) -> None:
@@ -441,10 +448,10 @@ async def demo_third_fails() -> None:
         for resource in opened:
             resource.close()
         four: list[Callable[[], Manager[Any]]] = [
-            partial(shown, "echo_server", echo_server()),
-            partial(shown, "database", database(Path(name, "notes.db"))),
-            partial(shown, "lock_file", lock_file(lock)),
-            partial(shown, "child_process", child_process(*UPPER)),
+            lambda: shown("echo_server", echo_server()),
+            lambda: shown("database", database(Path(name, "notes.db"))),
+            lambda: shown("lock_file", lock_file(lock)),
+            lambda: shown("child_process", child_process(*UPPER)),
         ]
         error = await failure_of(open_all(four).__aenter__())
         say(escape(str(error)))
@@ -666,10 +673,17 @@ DECISIONS = _("""\
 | set-ups at the same time | in an owner task each | not by `gather` | 9 |
 
 They are not rivals: write each resource with the one, hold several with the other.""")
-KEY_POINTS = _("""\
+
+
+def show_key_points() -> None:
+    points = _("""\
 * Register each exit as soon as there is something to leave; `pop_all` once set-up succeeded.
 * In cleanup, decide without `await`, then shield the short rest.
 * The task that enters a manager leaves it.""")
+    console.rule(_("[bold]Which one?"), align="left")
+    console.print(Markdown(DECISIONS), "")
+    console.rule(_("[bold]Key points"), align="left")
+    console.print(Markdown(points))
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -688,11 +702,8 @@ def main() -> int:
     try:
         for number in chosen:
             play(number)
-        console.rule(_("[bold]Which one?"), align="left")
-        console.print(Markdown(DECISIONS), "")
-        console.rule(_("[bold]Key points"), align="left")
-        console.print(Markdown(KEY_POINTS))
-    except KeyboardInterrupt:
+        show_key_points()
+    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: 3.11, after a group failed
         console.print(_("Interrupted. Every bracket above was closed on the way out."))
         return 130
     return 0

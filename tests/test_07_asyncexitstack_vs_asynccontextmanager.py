@@ -1155,3 +1155,23 @@ def test_a_bracket_tells_that_set_up_failed_or_how_the_block_was_left(
         r"└ label left by ValueError  setup [\d.]+ · use [\d.]+ · cleanup [\d.]+ ms", lines[3]
     )
     assert not chapter.open_brackets
+
+
+def test_a_bracket_tells_that_cleanup_failed_and_does_not_blame_the_block(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def play() -> None:
+        failing = AsyncExitStack()
+        failing.callback(os.stat, "no such file")
+        with suppress(OSError):
+            async with chapter.shown("label", failing):
+                pass
+
+    asyncio.run(play())
+    shown = " ".join(capsys.readouterr().out.split())  # it is wider than a line
+    assert re.fullmatch(
+        r"┌ label └ label cleanup raised FileNotFoundError "
+        r"setup [\d.]+ · use [\d.]+ · cleanup [\d.]+ ms",
+        shown,
+    )
+    assert not chapter.open_brackets
