@@ -106,8 +106,15 @@ class Scope:
     is_open = False
 
     def __enter__(self) -> Self:
+        if self.is_open:
+            kind = type(self).__name__
+            raise RuntimeError(f"{kind} {self.name!r} is open already: open another one")
+        self._open()
         self.is_open = True
         return self
+
+    def _open(self) -> None:
+        """Acquire what the block needs. Where this raises, nothing is open."""
 
     def __exit__(self, *error: object) -> None:
         self.is_open = False
@@ -249,15 +256,16 @@ class Budget(Scope):
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Commit what the block did, or roll all of it back when the block or the commit fails."""
+    """Commit what the block did to the database, or roll all of it back when the block raises."""
     if connection.in_transaction:
         raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
     connection.execute("BEGIN IMMEDIATE")  # the write lock now, not half-way through the block
     try:
         yield connection
-        connection.commit()
+        connection.execute("COMMIT")  # inside the try: a commit that fails must roll back too
     except BaseException:
-        connection.rollback()
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
 
 
@@ -267,8 +275,9 @@ CREATE TABLE IF NOT EXISTS budget (name TEXT PRIMARY KEY, cap INTEGER, spent INT
 CREATE TABLE IF NOT EXISTS lease (id INTEGER PRIMARY KEY AUTOINCREMENT, budget TEXT,
                                   amount INTEGER, expires REAL);"""
 OPEN = "INSERT INTO budget (name, cap) VALUES (:name, :cap) ON CONFLICT DO NOTHING"
-TAKE = """UPDATE budget SET reserved = reserved + :amount
-          WHERE name = :name AND spent + reserved + :amount <= cap"""
+TAKE = """\
+UPDATE budget SET reserved = reserved + :amount
+WHERE name = :name AND spent + reserved + :amount <= cap"""
 LEASE = "INSERT INTO lease (budget, amount, expires) VALUES (:name, :amount, :expires)"
 BOOK = "UPDATE budget SET reserved = reserved - :back, spent = spent + :actual WHERE name = :name"
 READ = "SELECT cap, spent, reserved FROM budget WHERE name = :name"
@@ -295,7 +304,7 @@ class SharedBudget(Scope):
         self.limit = money(limit, f"the limit of budget {name!r}")
         self.path, self.name, self._lease, self._clock = path, name, lease, clock
 
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         """Create what is missing. ValueError where the file has another limit for this name."""
         with closing(sqlite3.connect(self.path, timeout=60)) as connection:
             connection.executescript(LEDGER)
@@ -303,11 +312,13 @@ class SharedBudget(Scope):
             ledger.execute(OPEN, {"name": self.name, "cap": picodollars(self.limit)})
         if (known := self.balance().limit) != self.limit:
             raise ValueError(f"{self.path} limits {self.name!r} to {usd(known)}: open it so")
-        return super().__enter__()
 
     def balance(self) -> Balance:
         with self._ledger() as ledger:
-            row = ledger.execute(READ, {"name": self.name}).fetchone()
+            return self._read(ledger)
+
+    def _read(self, ledger: sqlite3.Connection) -> Balance:
+        row = ledger.execute(READ, {"name": self.name}).fetchone()
         return Balance(*(Decimal(amount).scaleb(-12, EXACT) for amount in row))
 
     def reserve(self, worst_case: Dollars) -> Reservation:
@@ -332,7 +343,8 @@ class SharedBudget(Scope):
             if ledger.execute(TAKE, row).rowcount:
                 row["expires"] = self._clock() + self._lease
                 return partial(self._book, ledger.execute(LEASE, row).lastrowid, amount)
-        raise BudgetExceededError(self.name, self.balance(), amount)
+            balance = self._read(ledger)  # now: a moment later there may be room
+        raise BudgetExceededError(self.name, balance, amount)
 
     def _book(self, lease: int | None, reserved: Decimal, actual: Decimal) -> None:
         with self._ledger() as ledger:
@@ -444,7 +456,7 @@ def price(model: str, input_tokens: int, output_tokens: int, cached: int = 0) ->
         return calc_price(usage, model, provider_id="openai").total_price
     except LookupError:
         raise LookupError(
-            f"no price of {model!r} is known: name a model whose is, as priced_as"
+            f"the price of {model!r} is unknown: name a model with a known one as priced_as"
         ) from None
 
 
@@ -494,12 +506,11 @@ class Session(Scope):
         self._price = partial(price, priced_as or model)
         self._given = client
 
-    def __enter__(self) -> Self:
+    def _open(self) -> None:
         from openai import OpenAI
 
         self._price(0, 0)  # raise where there is none: now, not after a call was paid
         self._client = self._given or OpenAI()
-        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -574,8 +585,9 @@ def governed_session(
         ) as review:
             review.ask("What does contextlib do?")
 
-    An error leaves through all four, last opened, first closed: the session closes, its turns are
-    rolled back, the monitor and the budget close. Money spent stays spent.
+    What is open already, and shall stay open, goes in as `nullcontext(team)`. An error leaves
+    through all four, last opened, first closed: the session closes, its turns are rolled back,
+    the monitor and the budget close. Money spent stays spent.
     """
     with paid as purse, measured as meter, kept as connection, talked as chat:
         connection.execute("CREATE TABLE IF NOT EXISTS turn (session, prompt, answer)")
@@ -704,20 +716,20 @@ def demo_nested_budgets() -> None:
     nothing is set aside for it.
     """
     with (
-        shown("budget(1, 'team')", budget(1, "team")) as team,
-        shown("team.child(0.60, 'agent')", team.child(Decimal("0.60"), "agent")) as agent,
-        shown("agent.child(0.40, 'step')", agent.child(Decimal("0.40"), "step")) as step,
+        shown("budget(100, 'team')", budget(100, "team")) as team,
+        shown("team.child(60, 'agent')", team.child(60, "agent")) as agent,
+        shown("agent.child(40, 'step')", agent.child(40, "step")) as step,
     ):
-        with shown("step.reserve(0.30) as held", step.reserve(Decimal("0.30"))) as held:
+        with shown("step.reserve(30) as held", step.reserve(30)) as held:
             show_money(team, agent, step)
-            say("[bold]held.settle(0.15)[/]")
-            held.settle(Decimal("0.15"))
+            say("[bold]held.settle(15)[/]")
+            held.settle(15)
             show_money(team, agent, step)
-        with suppress(TimeoutError), shown("step.reserve(0.25)", step.reserve(Decimal("0.25"))):
+        with suppress(TimeoutError), shown("step.reserve(25)", step.reserve(25)):
             raise TimeoutError
         show_money(team, agent, step)
         try:
-            with shown("step.reserve(0.30)", step.reserve(Decimal("0.30"))):
+            with shown("step.reserve(30)", step.reserve(30)):
                 pass
         except BudgetExceededError as error:
             say(f"[red]{escape(str(error))}[/]")
@@ -766,10 +778,10 @@ def demo_shared_by_processes() -> None:
     A lock ends where the process ends. The ledger of a `shared_budget` is an SQLite file, and
     the `UPDATE` below decides: it changes no row where the money does not fit. (When one machine
     is not enough, PostgreSQL takes the same statement.) While one process holds a reservation,
-    four try a hundred calls each. Then the one is killed: no cleanup runs in it, so what it held
-    is free again only when its lease expires.
+    four try a hundred calls each; a wait of 10 ms stands in for the call. Then the one is killed:
+    no cleanup runs in it, so what it held is free again only when its lease expires.
     """
-    console.print(Syntax(TAKE, "sql", background_color="default"), "")
+    console.print(Syntax(TAKE, "sql", theme="ansi_dark", background_color="default"), "")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = str(Path(folder, "ledger.db"))
         holder = stack.enter_context(started(hold, path))
@@ -837,7 +849,7 @@ def demo_three_ways() -> None:
             exec(way, {"ExitStack": ExitStack, "work": lambda: 1 / 0, **layers})
         except OSError as error:
             names = [type(each).__name__ for each in (error, error.__context__)]
-        code = Syntax(way, "python", background_color="default")
+        code = Syntax(way, "python", theme="ansi_dark", background_color="default")
         how = _("left: {layers}").format(layers=" ".join(left))
         table.add_row(code, when, "\n← ".join([how, *names]), end_section=True)
     console.print(table)
@@ -861,7 +873,9 @@ def demo_governed_session() -> None:
     ):
         for name, prompt in (("first", "What does a context manager do?"), ("second", "And why?")):
             layers = (
-                shown(f"team.child(0.0008, {name!r})", team.child(Decimal("0.0008"), name)),
+                shown(
+                    f"team.child(Decimal('0.0008'), {name!r})", team.child(Decimal("0.0008"), name)
+                ),
                 shown(f"meter.child({name!r})", meter.child(name)),
                 shown("transaction(database)", transaction(database)),
                 shown(f"session({name!r})", talk(name)),

@@ -21,7 +21,14 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -298,6 +305,16 @@ def test_a_budget_takes_no_reservation_outside_its_block_or_that_of_its_parent()
     with pytest.raises(RuntimeError, match="Budget 'team' is not open"), orphan, orphan.reserve(1):
         pass
     assert amounts(team) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["budget", "monitor", "session"])
+def test_what_is_open_is_not_opened_a_second_time_and_stays_open(kind: str) -> None:
+    arguments = {"budget": (1, "one"), "monitor": ("one",), "session": ("one",)}[kind]
+    given = {"client": stand_in()} if kind == "session" else {}
+    with getattr(chapter, kind)(*arguments, **given) as opened:
+        with pytest.raises(RuntimeError, match="'one' is open already: open another one"):
+            opened.__enter__()
+        opened.check_open()
 
 
 def test_what_was_reserved_in_time_can_settle_after_the_budget_closed() -> None:
@@ -781,6 +798,24 @@ def test_another_limit_for_a_known_name_is_refused(shared: Any) -> None:
     assert shared.balance().limit == 1
 
 
+def test_a_refusal_tells_the_balance_that_refused_it(
+    shared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A moment later there may be room: an error that tells of that would contradict itself."""
+    held = shared.reserve(Decimal("0.9"))
+    held.__enter__()
+    real = shared.balance
+
+    def a_moment_later() -> Any:
+        held.settle(0)
+        return real()
+
+    monkeypatch.setattr(shared, "balance", a_moment_later)
+    with pytest.raises(chapter.BudgetExceededError) as refused, shared.reserve(1):
+        pytest.fail("there was room")
+    assert refused.value.balance.reserved == Decimal("0.9")
+
+
 def test_a_closed_shared_budget_takes_no_reservation_but_settles(tmp_path: Path) -> None:
     with ExitStack() as late:
         with chapter.shared_budget(tmp_path / "ledger.db", 1, "team") as budget:
@@ -1111,7 +1146,7 @@ def test_a_failed_call_is_not_tried_again_behind_the_budgets_back() -> None:
 
 
 def test_a_model_without_a_price_is_an_error_or_priced_as_one_that_has_it() -> None:
-    refused = "no price of 'llama3' is known: name a model whose is, as priced_as"
+    refused = "the price of 'llama3' is unknown: name a model with a known one as priced_as"
     with pytest.raises(LookupError, match=refused), chapter.session("s", model="llama3"):
         pass
     with (
@@ -1246,9 +1281,13 @@ def test_a_governed_session_works_inside_other_budgets_and_monitors(
             ) as governed:
                 governed.ask("hello")
     with chapter.governed_session(
-        shared, chapter.monitor("m"), chapter.transaction(database), chapter.talk("third")
+        nullcontext(shared),
+        chapter.monitor("m"),
+        chapter.transaction(database),
+        chapter.talk("third"),
     ) as governed:
         governed.ask("hello")
+    shared.check_open()
     assert meter.report()["ask"].calls == 2
     assert team.spent == 2 * shared.balance().spent > 0
     turns = database.execute("SELECT session FROM turn").fetchall()
@@ -1576,9 +1615,9 @@ def test_the_nested_budgets_demo_draws_what_is_spent_reserved_and_left(
 ) -> None:
     lines = [line.strip("│ ") for line in played(chapter.demo_nested_budgets, capsys).splitlines()]
     assert [line for line in lines if line.startswith("step ")] == [
-        "step   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒····· █ $0 ▒ $0.3 · $0.1 left",
-        "step   ████████············ █ $0.15 ▒ $0 · $0.25 left",
-        "step   ████████············ █ $0.15 ▒ $0 · $0.25 left",
+        "step   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒····· █ $0 ▒ $30 · $10 left",
+        "step   ████████············ █ $15 ▒ $0 · $25 left",
+        "step   ████████············ █ $15 ▒ $0 · $25 left",
     ]
     assert [line.split("  ")[0] for line in lines if line.startswith("└")] == [
         "└ left at its end",
@@ -1586,7 +1625,7 @@ def test_the_nested_budgets_demo_draws_what_is_spent_reserved_and_left(
         "└ setup raised BudgetExceededError",
         *["└ left at its end"] * 3,
     ]
-    assert "budget 'step': $0.3 was asked, and $0.25 is left of $0.4" in " ".join(lines)
+    assert "budget 'step': $30 was asked, and $25 is left of $40" in " ".join(lines)
 
 
 def test_the_processes_demo_shows_a_lease_that_outlives_its_process(
@@ -1655,7 +1694,7 @@ def test_live_ends_with_one_line_where_the_model_has_no_price_or_does_not_answer
         raise openai.APIConnectionError(request=httpx2.Request("POST", "http://localhost"))
     assert ended.value.code == 1
     assert capsys.readouterr().err.splitlines() == [
-        "chapter: no price of 'llama3' is known: name a model whose is, as priced_as",
+        "chapter: the price of 'llama3' is unknown: name a model with a known one as priced_as",
         "chapter: llama3 did not answer: Connection error.",
     ]
     assert chapter.options == {}
