@@ -144,11 +144,11 @@ def atomic_write(
     file = open(draft, mode.replace("w", "x"), encoding=encoding if mode == "w" else None)
     try:
         with file:
+            if target.exists():
+                shutil.copymode(target, draft)  # first, lest others can read a secret's draft
             yield file
             file.flush()
             os.fsync(file.fileno())  # subtle: a rename can reach the disk before the bytes do
-        if target.exists():
-            shutil.copymode(target, draft)
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)  # already gone when the draft became the target

@@ -233,6 +233,7 @@ def test_atomic_write_keeps_the_rights_of_the_file_it_replaces(tmp_path: Path) -
     path.write_text("old")
     path.chmod(0o600)
     with chapter.atomic_write(path) as file:
+        assert Path(file.name).stat().st_mode & 0o777 == 0o600, "others can read the draft"
         file.write("new")
     assert path.stat().st_mode & 0o777 == 0o600
 
