@@ -11,6 +11,8 @@ fairly among tasks, and lose nothing when a task is cancelled, at whichever `awa
     python 03_async_manager.py 2 3       play demos 2 and 3 alone
     python 03_async_manager.py --live    ask a real model: OPENAI_API_KEY, _BASE_URL, _MODEL
 
+With an NVIDIA driver and `pip install nvidia-ml-py`, the pool lends your own devices.
+
 Read `GPUPool` first; a comment that begins "subtle:" marks a trap, where simpler code fails.
 The scopes of tasks overlap, so the demos draw them on a time axis instead of as brackets.
 

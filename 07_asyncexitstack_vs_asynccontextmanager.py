@@ -176,12 +176,15 @@ async def echo_server(host: str = "127.0.0.1") -> AsyncIterator[tuple[str, int]]
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         echoes[asyncio.current_task()] = writer
-        with suppress(ConnectionError):
+        try:
             while data := await reader.read(2**16):
                 writer.write(data)
                 await writer.drain()
-        writer.close()
-        del echoes[asyncio.current_task()]
+        except OSError:
+            pass  # the peer is gone, and with it whoever could be told
+        finally:
+            writer.close()
+            del echoes[asyncio.current_task()]
 
     # subtle: with start_serving=True a cancellation in here would leave the port open for good.
     server = await asyncio.start_server(echo, host, 0, start_serving=False)

@@ -604,6 +604,20 @@ async def test_the_server_is_left_when_the_tasks_of_its_connections_have_ended()
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("error", [TimeoutError, OSError, asyncio.CancelledError])
+async def test_the_server_closes_a_connection_that_breaks_in_any_way(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: asyncio.StreamReader, n: int = -1) -> bytes:
+        raise error
+
+    monkeypatch.setattr(asyncio.StreamReader, "read", broken)
+    async with chapter.echo_server() as address, chapter.connection(*address) as (reader, _writer):
+        async with asyncio.timeout(5):
+            assert await reader.readline() == b""
+
+
+@pytest.mark.asyncio
 async def test_the_server_forgets_the_connections_that_have_ended() -> None:
     left: list[Any] = []
     shut = chapter._shut
