@@ -192,6 +192,7 @@ def is_journal(path: Path) -> bool:
     # subtle: not with open(), whose close() would drop every lock that SQLite has on the file.
     address = f"{path.absolute().as_uri()}?immutable=1"
     with closing(sqlite3.connect(address, uri=True)) as file:
+        file.execute("PRAGMA writable_schema = ON")  # read it while another process adds to it, too
         marks = [file.execute(f"PRAGMA {name}").fetchone() for name in MARKS]
     return marks == [(mark,) for mark in MARKS.values()] or path.stat().st_size == 0
 
@@ -209,7 +210,7 @@ def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
             journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             stack.enter_context(closing(journal))
             if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
-                raise sqlite3.DatabaseError(check)
+                raise sqlite3.DatabaseError(*check)
             journal.executescript(SET_UP)
             journal.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
         except sqlite3.DatabaseError as error:

@@ -852,6 +852,16 @@ def test_a_second_session_on_the_journal_leaves_the_first_its_locks(tmp_path: Pa
             assert turns_seen_by_another_process() == turn
 
 
+def test_a_journal_is_known_as_one_while_another_process_adds_to_it(tmp_path: Path) -> None:
+    """SQLite writes the first page first, and it tells of pages that are not there yet."""
+    file = tmp_path / "journal"
+    with session(journal=file) as talk:
+        for _turn in range(3):
+            talk.ask("Hello " * 1000)
+    os.truncate(file, 8192)
+    assert chapter.is_journal(file)
+
+
 def test_a_journal_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing" / "journal"
     with pytest.raises(chapter.JournalError, match=r"missing.journal cannot be used: unable to"):
