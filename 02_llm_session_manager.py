@@ -593,6 +593,8 @@ def demo_tokens_and_cost() -> None:
     `count_tokens` counts by the published rule before anything is sent, and the session keeps
     the sum: no turn counts the history again. With the reply comes the API's own `usage`, and
     that is what you pay, in `Decimal`; input that the API had in its cache has its own price.
+    (Offline the stand-in reports by the same rule, so the two agree. That the API does so, too,
+    OpenAI has published for models up to gpt-4o.)
 
     A request that would be longer than `max_input_tokens` is never sent.
     """
