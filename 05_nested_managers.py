@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import (
@@ -295,7 +296,8 @@ class SharedBudget(Scope):
 
     `TAKE` decides, in one statement that no other process can divide. A reservation older than
     `lease` seconds, which is longer than any call, is that of a dead process: it is given back.
-    What such a call was billed, only the provider knows.
+    What such a call was billed, only the provider knows. Each step waits for the disk, and an
+    event loop waits with it.
     """
 
     def __init__(
@@ -378,7 +380,7 @@ class Monitor(Scope):
         self, name: str, clock: Clock = time.perf_counter, *, parent: Monitor | None = None
     ) -> None:
         self.name, self._clock = name, clock
-        self._taken: dict[str, list[float]] = defaultdict(list)
+        self._taken: dict[str, array[float]] = defaultdict(lambda: array("d"))
         self._errors: Counter[str] = Counter()
         self._levels: tuple[Monitor, ...] = (self, *(parent._levels if parent else ()))
         self._lock: AbstractContextManager[Any] = parent._lock if parent else threading.Lock()
@@ -411,7 +413,7 @@ class Monitor(Scope):
             return {name: summary(taken, self._errors[name]) for name, taken in self._taken.items()}
 
 
-def summary(durations: list[float], errors: int) -> Statistics:
+def summary(durations: array[float], errors: int) -> Statistics:
     ranked = sorted(durations)
     # Nearest rank: the smallest duration that so many in a hundred do not exceed.
     p50, p95 = (ranked[-(-percent * len(ranked) // 100) - 1] for percent in (50, 95))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import copy
 import decimal
@@ -907,7 +908,7 @@ def test_a_report_has_calls_errors_total_and_percentiles_by_operation() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 19, 20, 21, 99, 100, 101])
 def test_a_percentile_is_the_least_duration_that_so_many_do_not_exceed(count: int) -> None:
     durations = [float(n) for n in range(count)]
-    statistics = chapter.summary(durations[::-1], 0)
+    statistics = chapter.summary(array.array("d", durations[::-1]), 0)
     for percent, found in ((50, statistics.p50), (95, statistics.p95)):
         enough = [n for n in durations if 100 * sum(d <= n for d in durations) >= percent * count]
         assert found == min(enough)
@@ -942,6 +943,15 @@ def test_a_closed_monitor_measures_nothing_but_keeps_its_report() -> None:
     with pytest.raises(RuntimeError, match="Monitor 'm' is not open: use it inside"):
         monitor.measure("ask").__enter__()
     assert monitor.report()["ask"].calls == 1
+
+
+def test_a_kept_duration_takes_eight_bytes() -> None:
+    with chapter.monitor("m", Steps(*[1.0] * 1000)) as watched:
+        for _call in range(1000):
+            with watched.measure("ask"):
+                pass
+        assert watched._taken["ask"].itemsize == 8
+        assert watched.report()["ask"].total == 1000
 
 
 @pytest.mark.usefixtures("frequent_switches")
