@@ -125,12 +125,14 @@ async def child_process(*command: str, grace: float = 2.0) -> AsyncIterator[Proc
 
     At the end of the block its input ends, and it has `grace` seconds to finish by itself. After
     that, or when the block is left by an exception, it is killed. It is reaped in any case.
+    A Ctrl-C does not reach it, but ends the block, and so the child.
     """
     loop = asyncio.get_running_loop()
     protocol = partial(SubprocessStreamProtocol, limit=2**16, loop=loop)
+    spawn = loop.subprocess_exec(protocol, *command, stderr=None, start_new_session=True)
     # subtle: a cancelled spawn kills its child, but may not stay to reap it. As a task of its own
     # it always ends, so that the cleanup below always learns of the child.
-    spawning = asyncio.create_task(loop.subprocess_exec(protocol, *command, stderr=None))
+    spawning = asyncio.create_task(spawn)
     try:
         process = Process(*await asyncio.shield(spawning), loop)
         yield process
@@ -561,7 +563,7 @@ async def demo_cleanup_fails() -> None:
 
 @asynccontextmanager
 async def naive_child(*command: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(*command)
+    process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
     try:
         yield process
     finally:

@@ -504,6 +504,17 @@ time.sleep(60)
 
 
 @pytest.mark.asyncio
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="Windows has no sessions")
+async def test_ctrl_c_reaches_a_child_through_its_block_alone() -> None:
+    """The terminal sends SIGINT to all processes of the session in its foreground."""
+    for manager in (chapter.child_process, chapter.naive_child):
+        async with manager(*chapter.DEAF) as process:
+            assert os.getsid(process.pid) == process.pid
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.asyncio
 async def test_a_missing_program_is_told() -> None:
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         async with chapter.child_process("no-such-program"):
