@@ -64,7 +64,11 @@ def reply(request, **answer):
 for line in sys.stdin:
     request = json.loads(line)
     method = request["method"]
-    if "id" not in request or f"silent-at={method}" in words:
+    if f"silent-at={method}" in words:
+        if "tells" in words:
+            print("silent", file=sys.stderr, flush=True)
+        continue
+    if "id" not in request:
         continue
     if f"dies-at={method}" in words:
         os._exit(3)
@@ -149,6 +153,37 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def left() -> dict[Any, str]:
     """What a hub may leave behind: descriptors and children."""
     return {**open_descriptors(), **{f"pid {pid}": what for pid, what in child_processes().items()}}
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the servers of a test say on stderr, line by line."""
+    lines: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("mcp_hub"), Listening()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+async def turns(number: int) -> None:
+    """Let the event loop go round."""
+    for _turn in range(number):
+        await asyncio.sleep(0)
+
+
+def unread(port: int) -> bool:
+    """Whether bytes have arrived at a local port that its process has not read."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    queues = [row[4].split(":")[1] for row in rows if row[1].endswith(f":{port:04X}")]
+    return any(int(queue, 16) for queue in queues)
 
 
 async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
@@ -446,15 +481,16 @@ async def opened_forever(servers: Any) -> Any:
 @pytest.mark.parametrize("method", ["server/discover", "initialize", "tools/list"])
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_cancelled_at_each_question_of_the_start(quick: Quick, method: str) -> None:
+async def test_cancelled_at_each_question_of_the_start(
+    quick: Quick, method: str, said: list[str]
+) -> None:
     """Twice, the second time during the clean-up; and the server will not go by itself."""
     before = left()
-    servers = {"a": quick(f"silent-at={method}", "ignores-eof", "ignores-sigterm")}
+    servers = {"a": quick(f"silent-at={method}", "tells", "ignores-eof", "ignores-sigterm")}
     task = asyncio.create_task(anext(opened_forever(servers)))
-    await until(child_processes)
-    await asyncio.sleep(0.05)  # not for show: let it come to the question
+    await until(lambda: "silent" in said)
     task.cancel()
-    await asyncio.sleep(0.05)
+    await turns(5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -502,10 +538,10 @@ async def test_a_server_killed_in_a_call_is_named_and_the_others_go_on(quick: Qu
 
 
 @pytest.mark.asyncio
-async def test_every_call_under_way_learns_of_the_death(quick: Quick) -> None:
+async def test_every_call_under_way_learns_of_the_death(quick: Quick, said: list[str]) -> None:
     async with chapter.connect({"a": quick()}) as hub:
         calls = [asyncio.create_task(hub.call("a", "waits")) for _call in range(3)]
-        await asyncio.sleep(0.01)
+        await until(lambda: said.count("waiting") == 3)
         os.kill(hub.statuses["a"].pid, signal.SIGKILL)
         for error in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(error, ServerError)
@@ -540,10 +576,10 @@ async def test_a_server_that_missed_a_deadline_can_be_called_again(quick: Quick)
 
 
 @pytest.mark.asyncio
-async def test_a_cancelled_call_leaves_the_server_usable(quick: Quick) -> None:
+async def test_a_cancelled_call_leaves_the_server_usable(quick: Quick, said: list[str]) -> None:
     async with chapter.connect({"a": quick()}) as hub:
         call = asyncio.create_task(hub.call("a", "waits"))
-        await asyncio.sleep(0.01)
+        await until(lambda: "waiting" in said)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -725,7 +761,7 @@ async def test_cancelled_again_and_again_while_leaving_it_still_ends_the_childre
     await inside.wait()
     while not task.done():
         task.cancel()
-        await asyncio.sleep(0.01)
+        await turns(5)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left() == before
@@ -759,11 +795,13 @@ async def test_a_call_under_way_is_let_finish_and_new_ones_are_refused(
 
 
 @pytest.mark.asyncio
-async def test_when_the_body_fails_calls_under_way_are_not_waited_for(quick: Quick) -> None:
+async def test_when_the_body_fails_calls_under_way_are_not_waited_for(
+    quick: Quick, said: list[str]
+) -> None:
     with pytest.raises(KeyError):
         async with chapter.connect({"a": quick()}, call_timeout=60) as hub:
             late = asyncio.create_task(hub.call("a", "waits"))
-            await asyncio.sleep(0.01)
+            await until(lambda: "waiting" in said)
             raise KeyError
     with pytest.raises(ServerError, match="'a' was stopped during tool 'waits'"):
         await late
@@ -1088,34 +1126,66 @@ async def test_a_service_killed_in_a_call_is_named_and_the_others_go_on(
     quick: Quick, tmp_path: Path
 ) -> None:
     with chapter.http_service("notes", tmp_path / "notes.db") as url:
-        servers = {"notes": chapter.ServerConfig(url=url()), "a": quick()}
+        address = url()
+        servers = {"notes": chapter.ServerConfig(url=address), "a": quick()}
         async with chapter.connect(servers) as hub:
             await hub.call("notes", "add", {"text": "soon gone"})
             (service,) = processes(lambda pid: str(tmp_path / "notes.db") in commands(pid))
             os.kill(service, signal.SIGSTOP)
             call = asyncio.create_task(hub.call("notes", "list"))
-            await asyncio.sleep(0.05)
+            await until(lambda: unread(address.port))  # it has the call, and will not answer it
             os.kill(service, signal.SIGKILL)
             with pytest.raises(ServerError, match="'notes' died during tool 'list'; it is lost"):
                 await call
             await echo(hub)
 
 
-@pytest.mark.asyncio
-async def test_a_service_that_is_told_to_end_answers_first_and_closes_its_file(
+SLOW_SERVICE = """\
+import asyncio, contextlib, sys
+from pathlib import Path
+from mcp.server import MCPServer
+sys.path.insert(0, {tests!r})
+from conftest import load_chapter
+
+folder = Path({folder!r})
+
+@contextlib.asynccontextmanager
+async def lifespan(server):
+    yield
+    (folder / "closed").touch()
+
+server = MCPServer("slow", lifespan=lifespan, log_level="WARNING")
+
+@server.tool()
+async def wait() -> str:
+    (folder / "asked").touch()
+    while not (folder / "go").exists():
+        await asyncio.sleep(0.005)
+    return "answered"
+
+asyncio.run(load_chapter(8).serve_http(server, 0))
+"""
+
+
+def test_a_service_that_is_told_to_end_answers_first_and_closes_its_lifespan(
     tmp_path: Path,
 ) -> None:
-    """Over HTTP, `serve` prints its URL once it can be reached, and drains at SIGTERM."""
-    with chapter.http_service("files", tmp_path) as url:
-        address = str(url())
-        (service,) = processes(lambda pid: f"serve files {tmp_path}" in commands(pid))
-        async with chapter.connect({"files": chapter.ServerConfig(url=address)}) as hub:
-            os.kill(service, signal.SIGSTOP)
-            call = asyncio.create_task(hub.call("files", "list"))
-            await asyncio.sleep(0.05)
-            os.kill(service, signal.SIGTERM)
-            os.kill(service, signal.SIGCONT)
-            assert not (await call).is_error
+    async def end_it_in_a_call(service: subprocess.Popen[str], url: str) -> str:
+        config = chapter.ServerConfig(url=url)
+        async with chapter.connect({"slow": config}) as hub:
+            call = asyncio.create_task(hub.call("slow", "wait"))
+            await until((tmp_path / "asked").exists)
+            service.terminate()
+            (tmp_path / "go").touch()
+            return text_of(await call)
+
+    program = SLOW_SERVICE.format(folder=str(tmp_path), tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout
+        url = service.stdout.readline().strip()
+        assert asyncio.run(end_it_in_a_call(service, url)) == "answered"
+    assert (tmp_path / "closed").exists()
 
 
 # --- All four, for real; and npm's ---
