@@ -189,12 +189,14 @@ SET_UP = f"""
 
 def is_journal(path: Path) -> bool:
     """Whether the file is ours, or empty. It is only read: SQLite may write to what it opens."""
+    if path.stat().st_size == 0:  # first: while we read, another process may make it a journal
+        return True
     # subtle: not with open(), whose close() would drop every lock that SQLite has on the file.
     address = f"{path.absolute().as_uri()}?immutable=1"
     with closing(sqlite3.connect(address, uri=True)) as file:
         file.execute("PRAGMA writable_schema = ON")  # read it while another process adds to it, too
         marks = [file.execute(f"PRAGMA {name}").fetchone() for name in MARKS]
-    return marks == [(mark,) for mark in MARKS.values()] or path.stat().st_size == 0
+    return marks == [(mark,) for mark in MARKS.values()]
 
 
 @contextmanager
@@ -255,6 +257,21 @@ class Turn:
             return Usage(self.requests) + (self.reported or Usage())
         output = len(encoding_for(model).encode_ordinary(self.reply))
         return Usage(self.requests, self.input_tokens, 0, output)
+
+
+def texts_of(response: Any, turn: Turn) -> Generator[str, None, None]:
+    """Take in a response, streamed or not. APIResponseValidationError: it is not what it should."""
+    try:
+        answer = response.parse()
+        for part in answer if isinstance(answer, Stream) else [answer]:
+            if text := turn.take(part):
+                yield text
+        if not (turn.finished and turn.pieces):
+            raise ValueError("it has no text, or no end")
+    except (ValueError, TypeError, AttributeError) as error:
+        problem = f"this is not a whole chat completion ({error}): check the base URL"
+        http = response.http_response
+        raise APIResponseValidationError(http, None, message=problem) from error
 
 
 def hide(key: str, error: APIError) -> None:
@@ -322,18 +339,10 @@ class LLMSession:
         with self._turn(prompt) as turn:
             response = create(model=self.model, messages=turn.messages, **options)
             turn.requests += response.retries_taken
-            with closing(response.http_response):
-                try:
-                    answer = response.parse()
-                    for part in answer if isinstance(answer, Stream) else [answer]:
-                        if text := turn.take(part):
-                            yield text
-                    if not (turn.finished and turn.pieces):
-                        raise ValueError("it has no text, or no end")
-                except (ValueError, TypeError, AttributeError) as error:
-                    problem = f"this is not a whole chat completion ({error}): check the base URL"
-                    http = response.http_response
-                    raise APIResponseValidationError(http, None, message=problem) from error
+            with closing(response.http_response), closing(texts_of(response, turn)) as texts:
+                # subtle: `yield from` would pass the errors of the caller into it.
+                for text in texts:  # noqa: UP028
+                    yield text
 
     @contextmanager
     def _turn(self, prompt: str) -> Iterator[Turn]:

@@ -590,6 +590,15 @@ def test_an_interrupted_stream_is_rolled_back_and_billed_by_count(how: str, tmp_
         talk.ask("second")
 
 
+def test_an_error_of_the_reader_is_not_taken_for_one_of_the_server() -> None:
+    with session() as talk:
+        stream = talk.stream("Hello")
+        next(stream)
+        with pytest.raises(ValueError, match="mine"):
+            stream.throw(ValueError("mine"))
+        assert talk.messages == []
+
+
 def test_an_interrupted_stream_is_reported_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "workshop.session"), session() as talk:
         stream = talk.stream("Hello")
