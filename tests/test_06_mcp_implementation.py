@@ -185,10 +185,134 @@ async def test_a_fleet_of_none_is_ready_at_once() -> None:
         assert clients == {}
 
 
+def program(code: str) -> StdioServerParameters:
+    return StdioServerParameters(command=sys.executable, args=["-c", code])
+
+
+def innermost(error: BaseException) -> list[BaseException]:
+    """What is in groups, and in groups within groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return [one for inner in error.exceptions for one in innermost(inner)]
+    return [error]
+
+
+def noted(error: BaseException) -> bool:
+    """The error, or a group around it, says which server it was."""
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return "MCP server 'bad'" in getattr(error, "__notes__", ()) or any(map(noted, inner))
+
+
+BAD_STARTS = {
+    "missing": (StdioServerParameters(command="no-such-program"), FileNotFoundError),
+    "no program": (StdioServerParameters(command=os.devnull), PermissionError),
+    "ends at once": (program("raise SystemExit"), MCPError),
+    "does not answer": (MUTE, TimeoutError),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", BAD_STARTS)
+async def test_the_table_says_what_comes_out_when_a_server_does_not_start(what: str) -> None:
+    fleet, servers = file_of_the_page("fleet.py")["fleet"], Servers()
+    target, expected = BAD_STARTS[what]
+    with pytest.raises(ExceptionGroup) as raised:
+        async with fleet({"good": servers.new("good"), "bad": target}, startup_timeout=0.5):
+            raise AssertionError("it started")
+    assert [type(error) for error in innermost(raised.value)] == [expected]
+    assert noted(raised.value)
+    assert servers.open == 0
+
+
+@pytest.mark.asyncio
+async def test_an_error_in_the_block_comes_out_of_the_fleet_in_a_group() -> None:
+    fleet = file_of_the_page("fleet.py")["fleet"]
+    with pytest.raises(ExceptionGroup) as raised:
+        async with fleet({"a": Servers().new("a")}):
+            raise ValueError("mine")
+    assert [type(error) for error in raised.value.exceptions] == [ValueError]
+
+
+# It prints something before each answer.
+TALKS = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    if "id" in request:
+        none = {"tools": [], "resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
+        print(SAID, end=END)
+        print(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": none}), flush=True)
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_line_on_stdout_is_skipped_but_half_a_line_swallows_the_answer() -> None:
+    async def ask(end: str, limit: float | None) -> None:
+        code = TALKS.replace("SAID", "'working'").replace("END", repr(end))
+        options: dict[str, Any] = {"mode": "2026-07-28", "read_timeout_seconds": limit}
+        async with Client(program(code), **options) as client:
+            assert (await client.list_tools()).tools == []
+
+    await ask("\n", limit=None)
+    with pytest.raises(ExceptionGroup) as raised:
+        await ask("", limit=0.3)
+    (error,) = innermost(raised.value)
+    assert isinstance(error, MCPError)
+    assert error.code == -32001
+
+
+SIGNALLED = """
+import asyncio, os, signal, sys
+from fleet import fleet
+from mcp import StdioServerParameters
+from mcp.client import stdio
+
+stdio.PROCESS_TERMINATION_TIMEOUT = 0.1
+DEAF = "import os, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
+
+
+async def main():
+    deaf = StdioServerParameters(command=sys.executable, args=["-c", "import sys; " + DEAF])
+    async with fleet({"deaf": deaf}, mode="2026-07-28"):
+        print("open", flush=True)
+        await asyncio.sleep(60)
+
+if "polite" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+asyncio.run(main())
+"""
+
+
+def test_sigterm_leaves_a_deaf_server_behind_unless_it_is_made_the_same_as_ctrl_c(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "fleet.py").write_text(source_on_the_page("fleet.py"), encoding="utf-8")
+    assert "signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))" in (
+        PAGE.read_text(encoding="utf-8")
+    )
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SIGNALLED, *arguments]
+        return subprocess.Popen(command, stdout=PIPE, stderr=PIPE, cwd=tmp_path)
+
+    with start() as rude, start("polite") as polite:
+        deaf = []
+        for client in (rude, polite):
+            assert client.stdout is not None
+            assert client.stderr is not None
+            assert client.stdout.readline() == b"open\n"
+            deaf.append(int(client.stderr.readline()))
+            client.terminate()
+        rude.wait()
+        os.kill(deaf[0], signal.SIGKILL)  # it is there, so this does not raise
+        assert polite.wait() == -signal.SIGINT
+        with pytest.raises(ProcessLookupError):
+            os.kill(deaf[1], 0)
+
+
 @pytest.mark.asyncio
 async def test_a_server_that_was_stopped_is_noticed_by_a_timeout_alone(tmp_path: Path) -> None:
     (tmp_path / "shelf.py").write_text(source_on_the_page("shelf.py"), encoding="utf-8")
-    program = StdioServerParameters(command=sys.executable, args=["shelf.py"], cwd=tmp_path)
+    shelf = StdioServerParameters(command=sys.executable, args=["shelf.py"], cwd=tmp_path)
     pid = 0
 
     async def stop(progress: float, total: float | None, message: str | None) -> None:
@@ -196,7 +320,7 @@ async def test_a_server_that_was_stopped_is_noticed_by_a_timeout_alone(tmp_path:
         pid = int(message or 0)
         os.kill(pid, signal.SIGSTOP)
 
-    async with Client(program) as client:
+    async with Client(shelf) as client:
         with pytest.raises(MCPError, match="timed out"):
             await client.call_tool("wait", read_timeout_seconds=1, progress_callback=stop)
         os.kill(pid, signal.SIGCONT)
@@ -211,6 +335,7 @@ from mcp.server import MCPServer
 @asynccontextmanager
 async def lifespan(server):
     print("opened", file=sys.stderr, flush=True)
+    print("printed", flush=True)
     try:
         yield
     finally:
@@ -222,11 +347,11 @@ server.run("streamable-http", port=0) if "http" in sys.argv else server.run()
 
 
 def test_a_lifespan_is_closed_by_the_end_of_input_but_over_stdio_not_by_sigterm() -> None:
-    """Over HTTP, uvicorn makes an orderly shutdown of SIGTERM."""
+    """Over HTTP, uvicorn makes an orderly shutdown of SIGTERM. Over stdio, prints go to stderr."""
     command = [sys.executable, "-c", LIFESPAN]
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, *arguments], stdin=PIPE, stderr=PIPE)
+        return subprocess.Popen([*command, *arguments], stdin=PIPE, stdout=PIPE, stderr=PIPE)
 
     with start() as ends, start() as terminated, start("http") as service:
         servers = (ends, terminated, service)
@@ -237,5 +362,8 @@ def test_a_lifespan_is_closed_by_the_end_of_input_but_over_stdio_not_by_sigterm(
         ends.stdin.close()
         terminated.terminate()
         service.terminate()
-        said = [b"closed" in server.stderr.read() for server in servers if server.stderr]
-    assert said == [True, False, True]
+        said = [server.stderr.read() for server in servers if server.stderr]
+        printed = [server.stdout.read() for server in servers if server.stdout]
+    assert [b"closed" in text for text in said] == [True, False, True]
+    assert [b"printed" in text for text in said] == [True, True, False]
+    assert printed == [b"", b"", b"printed\n"]
