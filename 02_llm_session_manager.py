@@ -41,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
@@ -199,6 +200,19 @@ def is_journal(path: Path) -> bool:
     return marks == [(mark,) for mark in MARKS.values()]
 
 
+def write_ahead(journal: sqlite3.Connection, patience: float = 5.0) -> None:
+    """Switch to a write-ahead log. Others that open the file now are waited for, in seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            journal.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:  # subtle: SQLite's own timeout does not hold here
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 @contextmanager
 def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
     """Open or create a journal. What is written is durable as soon as `execute` returns.
@@ -214,7 +228,8 @@ def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
             if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
                 raise sqlite3.DatabaseError(*check)
             journal.executescript(SET_UP)
-            journal.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL")
+            write_ahead(journal)
+            journal.execute("PRAGMA synchronous = FULL")
         except sqlite3.DatabaseError as error:
             raise JournalError(f"{path} cannot be used: {error}") from error
         yield journal

@@ -871,6 +871,21 @@ def test_a_journal_is_known_as_one_while_another_process_adds_to_it(tmp_path: Pa
     assert chapter.is_journal(file)
 
 
+def test_opening_a_new_journal_waits_for_another_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        closing(sqlite3.connect(tmp_path / "new", isolation_level=None)) as reader,
+        closing(sqlite3.connect(tmp_path / "new", timeout=0)) as journal,
+    ):
+        reader.executescript("CREATE TABLE t (x); BEGIN; SELECT * FROM t")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            chapter.write_ahead(journal, patience=0)
+        monkeypatch.setattr(time, "sleep", lambda seconds: reader.rollback())
+        chapter.write_ahead(journal)
+        assert journal.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_journal_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing" / "journal"
     with pytest.raises(chapter.JournalError, match=r"missing.journal cannot be used: unable to"):
