@@ -258,7 +258,7 @@ async def shown(label: str, manager: Manager[T]) -> AsyncIterator[T]:
     """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
     say(f"┌ [bold]{escape(label)}[/]")
     open_brackets.append(label)
-    how = ""
+    how, left_by = _("left at its end"), None
     marks = [time.perf_counter()]
     try:
         async with AsyncExitStack() as stack:
@@ -267,20 +267,20 @@ async def shown(label: str, manager: Manager[T]) -> AsyncIterator[T]:
             try:
                 yield value
             except BaseException as error:
-                how = _("left by {error}").format(error=type(error).__name__)
+                how, left_by = _("left by {error}").format(error=type(error).__name__), error
                 raise
             finally:
                 marks.append(time.perf_counter())
     except BaseException as error:
-        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
-        how = how or failed.format(error=type(error).__name__)
+        if error is not left_by:
+            failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
+            how = failed.format(error=type(error).__name__)
         raise
     finally:
         marks.append(time.perf_counter())
         open_brackets.remove(label)
         spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
         times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        how = how or _("left at its end")
         say(f"└ [bold]{escape(label)}[/] {how}  [dim]{times} ms[/]")
 
 

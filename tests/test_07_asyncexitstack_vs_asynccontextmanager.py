@@ -1182,15 +1182,17 @@ def test_a_bracket_tells_that_set_up_failed_or_how_the_block_was_left(
     assert not chapter.open_brackets
 
 
+@pytest.mark.parametrize("error", [None, ValueError()], ids=repr)
 def test_a_bracket_tells_that_cleanup_failed_and_does_not_blame_the_block(
-    capsys: pytest.CaptureFixture[str],
+    error: Exception | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def play() -> None:
         failing = AsyncExitStack()
         failing.callback(os.stat, "no such file")
         with suppress(OSError):
             async with chapter.shown("label", failing):
-                pass
+                if error:
+                    raise error
 
     asyncio.run(play())
     shown = " ".join(capsys.readouterr().out.split())  # it is wider than a line
