@@ -461,7 +461,7 @@ async def test_a_child_with_unread_output_is_killed_and_reaped_all_the_same() ->
 
 @pytest.mark.asyncio
 async def test_a_grandchild_that_keeps_the_pipes_open_does_not_keep_us() -> None:
-    inherits = "import os, time\nif os.fork() == 0: time.sleep(0.5)\nprint(flush=True)"
+    inherits = "import os, time\nif os.fork() == 0: time.sleep(0.5); os._exit(0)\nprint(flush=True)"
     async with chapter.child_process(*chapter.PYTHON, inherits, grace=0.01) as process:
         assert await process.stdout.readline()
     assert process.returncode is not None
