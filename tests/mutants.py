@@ -153,7 +153,16 @@ def survives(chapter: Path, source: str, timeout: float | None = None) -> bool:
         variable = f"WORKSHOP_CHAPTER_{chapter.name[:2]}"
         tests = chapter.parent / "tests" / f"test_{chapter.stem}.py"
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", os.fspath(tests)],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-xq",
+                "-n0",
+                "-p",
+                "no:cacheprovider",
+                os.fspath(tests),
+            ],
             cwd=chapter.parent,
             env=os.environ | {variable: os.fspath(replaced)},
             stdin=subprocess.DEVNULL,

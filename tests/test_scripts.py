@@ -29,6 +29,8 @@ from interrupting import KINDS, Interrupting, lines_in_brackets
 from rich.cells import cell_len
 
 SCRIPTS = sorted(ROOT.glob("0*.py"))
+# Chapter 08 starts a dozen processes: its Chinese is played by a demo with servers and one without.
+IN_CHINESE = {"08_local_mcp_integration": ("3", "6")}
 LIMIT = 60  # seconds until a script is taken for one that hangs
 WIDTH = 80
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -37,7 +39,11 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 KEY_POINTS = "\nKey points ─"
 TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+# All that is asked of one script goes to one process, which plays it only once.
+each_script = pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=pytest.mark.xdist_group(s.stem), id=s.stem) for s in SCRIPTS],
+)
 
 
 def number_of(script: Path) -> int:
@@ -321,7 +327,7 @@ def play_in_chinese(script: Path) -> Played:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, WIDTH, 0, 0))
         terminal = {"LANGUAGE": "zh_CN", "TERM": "xterm-256color", "NO_COLOR": "1"}
         process = subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, script, *IN_CHINESE.get(script.stem, ())],
             cwd=ROOT,
             env=environment(Path(folder), **terminal),
             stdin=theirs,
@@ -347,7 +353,8 @@ def test_a_script_plays_on_a_terminal_in_chinese_and_every_title_is_translated(
 ) -> None:
     played = played_in_chinese(script)
     titles = [title for _number, title in TITLE.findall(ESCAPE.sub("", played.out))]
-    assert (played.status, len(titles)) == (0, demos_of(script))
+    assert played.status == 0
+    assert len(titles) == len(IN_CHINESE.get(script.stem, range(demos_of(script))))
     assert [title for title in titles if not CHINESE.search(title)] == []
 
 
