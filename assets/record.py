@@ -26,15 +26,8 @@ from rich.console import Console
 
 FOLDER = Path(__file__).resolve().parent
 WIDTH = 88  # columns: wide enough for every table, narrow enough for a page
-DEMOS = {
-    1: 5,
-    2: 2,
-    3: 5,
-    4: 1,
-    5: 2,
-    7: 4,
-    8: 4,
-}  # the demo of each chapter that its picture shows
+# The demo of each chapter that its picture shows.
+DEMOS = {1: 5, 2: 2, 3: 1, 4: 1, 5: 2, 7: 4, 8: 4}
 RACING = {3, 8}
 LANGUAGES = {"en": FOLDER, "zh_CN": FOLDER / "zh_CN"}
 
