@@ -444,11 +444,13 @@ def demo_temporary_config() -> None:
         say(f"settings = {settings}")
     say(f"[red]settings = {settings}[/]")
     try:
-        with shown("careless_config(os.environ, ...)", careless_config(os.environ, "DEMO", "on")):
-            say(f"DEMO={os.environ['DEMO']}")
+        with shown(
+            "careless_config(os.environ, ...)", careless_config(os.environ, "WORKSHOP", "on")
+        ):
+            say(f"WORKSHOP={os.environ['WORKSHOP']}")
     except TypeError as error:
         say(f"[red]TypeError: {error}[/]")
-        del os.environ["DEMO"]
+        del os.environ["WORKSHOP"]
 
     settings = {"model": "gpt-4o-mini"}
     with shown("temporary_config(settings, debug=True)", temporary_config(settings, debug=True)):
@@ -457,9 +459,9 @@ def demo_temporary_config() -> None:
             say(f"settings = {settings}")
         say(f"settings = {settings}")
     say(f"[green]settings = {settings}[/]")
-    with shown("temporary_config(os.environ, ...)", temporary_config(os.environ, DEMO="on")):
-        say(f"DEMO={os.environ['DEMO']}")
-    say(f"[green]'DEMO' in os.environ: {'DEMO' in os.environ}[/]")
+    with shown("temporary_config(os.environ, ...)", temporary_config(os.environ, WORKSHOP="on")):
+        say(f"WORKSHOP={os.environ['WORKSHOP']}")
+    say(f"[green]'WORKSHOP' in os.environ: {'WORKSHOP' in os.environ}[/]")
 
 
 def passes_on() -> Iterator[str]:

@@ -614,7 +614,7 @@ def test_the_demo_of_configuration_shows_the_none_that_stays_and_the_type_error(
     assert "settings = {'model': 'gpt-4o-mini', 'debug': None}" in shown
     assert "cleanup raised TypeError" in shown
     assert "TypeError: str expected, not NoneType" in shown
-    assert "'DEMO' in os.environ: False" in shown
+    assert "'WORKSHOP' in os.environ: False" in shown
 
 
 def test_the_demo_from_scratch_shows_both_doing_the_same(
