@@ -44,7 +44,7 @@ def load_chapter(number: int) -> ModuleType:
     """Import chapter `number` once, and return the module.
 
     A digit cannot begin a Python name, hence not `import`. `WORKSHOP_CHAPTER_01=/some/where.py`
-    loads that file as chapter 01 instead: so tests/mutants.py shows the tests a damaged chapter.
+    loads that file as chapter 01 instead: so tools/mutants.py shows the tests a damaged chapter.
     """
     path = chapter_path(number)
     name = f"chapter_{number:02d}"

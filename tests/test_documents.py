@@ -6,14 +6,11 @@ import builtins
 import contextlib
 import functools
 import importlib
-import importlib.util
 import io
 import re
-import sys
 import tokenize
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
@@ -21,24 +18,12 @@ from conftest import ROOT
 from fences import find_fences
 from sybil import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from translate import PAGES, chinese_page, sections
 
-
-def load_sections() -> ModuleType:
-    """locale/sections.py: a folder named like a module of the standard library has no import."""
-    spec = importlib.util.spec_from_file_location("sections", ROOT / "locale" / "sections.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sections = load_sections()
-ENGLISH = [ROOT / page for page in sections.PAGES if (ROOT / page).exists()]
-CHINESE = [path for page in sections.PAGES if (path := sections.chinese(page)).exists()]
-PAGES = [*ENGLISH, *CHINESE]
-TRANSLATED = [path.name for path in ENGLISH if sections.chinese(path.name).exists()]
+ENGLISH = [ROOT / page for page in PAGES if (ROOT / page).exists()]
+TRANSLATED = [page for page in PAGES if chinese_page(ROOT, page).exists()]
+CHINESE = [chinese_page(ROOT, page) for page in TRANSLATED]
+DOCUMENTS = [*ENGLISH, *CHINESE, ROOT / "CONTRIBUTING.md"]  # the last is not translated
 DIAGRAMS = {"flowchart", "sequenceDiagram", "stateDiagram-v2", "classDiagram"}
 
 # Names of other projects that our pages speak of: not ours to define, nor installed here.
@@ -81,7 +66,7 @@ def anchors(path: Path) -> set[str]:
     """The anchors that a Markdown viewer such as GitHub's makes of the headings."""
     seen: Counter[str] = Counter()
     found = set()
-    for section in sections.sections(path.read_text(encoding="utf-8")):
+    for section in sections(path.read_text(encoding="utf-8")):
         title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", section.title)
         slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
@@ -89,7 +74,7 @@ def anchors(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_every_relative_link_and_anchor_leads_somewhere(path: Path) -> None:
     text = re.sub(r"`[^`\n]+`", "", prose(path))
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text)
@@ -116,7 +101,7 @@ def words(source: str) -> set[str]:
 @functools.cache
 def known_names() -> frozenset[str]:
     """Names in the tree's Python files, and those of the modules that the pages are about."""
-    files = [*ROOT.glob("0*.py"), *ROOT.glob("tests/*.py")]
+    files = [*ROOT.glob("0*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py")]
     files += [*ROOT.glob("exercises/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found = set().union(*(words(file.read_text(encoding="utf-8")) for file in files))
     modules = "asyncio anyio contextlib contextvars sqlite3 subprocess websockets openai mcp"
@@ -127,7 +112,7 @@ def known_names() -> frozenset[str]:
     return frozenset(found | {"async", "await", "mcp", "ExceptionGroup"} | ELSEWHERE.keys())
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_every_name_that_looks_like_code_exists(path: Path) -> None:
     own = set().union(*(words_of(body) for info, body in fences(path) if info == "python"))
     unknown = []
@@ -149,13 +134,13 @@ def words_of(fence: str) -> set[str]:
 # --- Fences and diagrams ---
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_every_fence_says_what_it_is(path: Path) -> None:
     labels = {info for info, _body in fences(path)}
     assert labels <= {"python", "text", "bash", "json", "mermaid", "powershell", "toml"}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=named)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_every_diagram_is_of_a_known_kind_and_closes_its_brackets(path: Path) -> None:
     for info, body in fences(path):
         if info != "mermaid":
@@ -171,11 +156,6 @@ def test_every_diagram_is_of_a_known_kind_and_closes_its_brackets(path: Path) ->
 # --- The editions ---
 
 
-@pytest.mark.parametrize("path", ENGLISH, ids=named)
-def test_the_chinese_edition_follows_every_english_section(path: Path) -> None:
-    assert sections.problems(path.name) == []
-
-
 @pytest.mark.parametrize("page", TRANSLATED)
 def test_the_chinese_edition_keeps_every_fence_letter_for_letter(page: str) -> None:
     """A diagram's labels may be translated; its kind, and the number of its lines, may not."""
@@ -186,8 +166,8 @@ def test_the_chinese_edition_keeps_every_fence_letter_for_letter(page: str) -> N
             for info, body in fences(path)
         ]
 
-    assert comparable(sections.chinese(page)) == comparable(ROOT / page)
-    chinese, english = find_fences(sections.chinese(page)), find_fences(ROOT / page)
+    assert comparable(chinese_page(ROOT, page)) == comparable(ROOT / page)
+    chinese, english = find_fences(chinese_page(ROOT, page)), find_fences(ROOT / page)
     assert [(fence.source, fence.expected) for fence in chinese] == [
         (fence.source, fence.expected) for fence in english
     ]
@@ -195,42 +175,6 @@ def test_the_chinese_edition_keeps_every_fence_letter_for_letter(page: str) -> N
 
 @pytest.mark.parametrize("page", TRANSLATED)
 def test_the_editions_lead_to_each_other(page: str) -> None:
-    english, chinese = ROOT / page, sections.chinese(page)
+    english, chinese = ROOT / page, chinese_page(ROOT, page)
     assert f"](locale/zh_CN/{page})" in english.read_text(encoding="utf-8")[:1500]
     assert f"](../../{page})" in chinese.read_text(encoding="utf-8")[:1500]
-
-
-ORIGINAL = "# One\n\nfirst\n\n## Two\n\n```python\n# not a heading\n```\n"
-
-
-def marked(*marks: str) -> str:
-    titles = ("# 一", "## 二", "## 三")
-    return "".join(f"{title}\n{mark}\n\n…\n\n" for title, mark in zip(titles, marks, strict=False))
-
-
-def test_a_changed_missing_or_unmarked_section_is_named_by_its_english_heading() -> None:
-    one, two = (f"<!-- en: {section.hash} -->" for section in sections.sections(ORIGINAL))
-    assert sections.compare("p.md", ORIGINAL, marked(one, two)) == []
-    changed = ORIGINAL.replace("first", "second")
-    (stale,) = sections.compare("p.md", changed, marked(one, two))
-    assert stale == "p.md, Chinese edition: '一' (line 1) is stale: 'One' has changed"
-    (missing,) = sections.compare("p.md", ORIGINAL, marked(one))
-    assert missing == "p.md, Chinese edition: 'Two' is missing"
-    (unmarked,) = sections.compare("p.md", ORIGINAL, marked(one, ""))
-    assert unmarked.startswith("p.md, Chinese edition: '二' (line 6) has no `<!-- en: ")
-    (left_over,) = sections.compare("p.md", ORIGINAL, marked(one, two, two))
-    assert left_over == "p.md, Chinese edition: '三' has no English"
-
-
-def test_accepting_writes_the_hash_of_the_named_section_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sections, "ROOT", tmp_path)
-    (tmp_path / "locale" / "zh_CN").mkdir(parents=True)
-    (tmp_path / "p.md").write_text(ORIGINAL, encoding="utf-8")
-    sections.chinese("p.md").write_text("# 一\n\n…\n\n## 二\n\n…\n", encoding="utf-8")
-    assert sections.accept("p.md", ["Two"]) == 1
-    (problem,) = sections.problems("p.md")
-    assert "'一'" in problem
-    assert sections.accept("p.md", []) == 1
-    assert sections.problems("p.md") == []

@@ -1,4 +1,4 @@
-"""The mutator takes each kind of cleanup away, and the command tells who notices."""
+"""tools/mutants.py removes each kind of cleanup, and reports the mutants that survive."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_the_command_fails_for_the_mutant_that_no_test_notices(tmp_path: Path) -
                 assert log
             """)
     )
-    command = [sys.executable, str(ROOT / "tests" / "mutants.py"), str(chapter)]
+    command = [sys.executable, str(ROOT / "tools" / "mutants.py"), str(chapter)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert outcome.stdout.splitlines() == [
         "killed   01_example.py:7 finally runs on success only",

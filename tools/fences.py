@@ -1,20 +1,20 @@
-"""Run a Markdown chapter: every Python fence in order, what it prints compared with the page.
+"""Run the Python fences of a Markdown chapter, and compare what they print with the page.
 
-    run_chapter(path)              in a test: raises at the first fence that is not as the page says
-    python tests/fences.py FILE    the same by hand; --write takes what was printed into the page
+    run_chapter(path)              in a test: raises at the first fence that differs from the page
+    python tools/fences.py FILE    the same by hand; --write copies the output into the page
 
 How a chapter is written:
 
-- All ```python fences share one namespace. `await` may stand at the top level, as in
-  `python -m asyncio`; every fence is a task of its own, on one event loop in debug mode.
-- The ```text fence that directly follows (only blank lines between) is what the fence prints,
-  exactly but for what `VARIES`. A fence without one prints nothing.
-- A fence whose first line is `# name.py` is a file: it is saved in the folder in which the chapter
-  runs, where child processes find it, and later fences may import it.
-- `<!-- not run: the reason -->` directly above a fence: it is compiled, but not run. Rare.
+- All ```python fences share one namespace. `await` works at the top level, as in
+  `python -m asyncio`. Each fence is a task of its own, on one event loop in debug mode.
+- The ```text fence that follows, after blank lines only, is the output. It must be equal except
+  for what `VARIES`. A fence without one must print nothing.
+- A fence whose first line is `# name.py` is a file. It is saved in the folder where the chapter
+  runs, so that child processes find it and later fences can import it.
+- `<!-- not run: the reason -->` directly above a fence: it is compiled but not run.
 
-Sybil finds the fences, and ignores one labelled `py` or `python title=...` in silence. Hence
-`python_looking`, an independent count: a chapter where the two differ does not run.
+Sybil silently ignores a fence labelled `py` or `python title=...`. `python_looking` therefore
+counts the fences independently, and a chapter does not run if the two counts differ.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ VARIES = (
 
 
 def settled(output: str) -> str:
-    """The output with a `#` for everything that varies, without blanks at line ends."""
+    """Return the output with `#` for everything that varies, without trailing blanks."""
     for pattern, replacement in VARIES:
         output = pattern.sub(replacement, output)
     return "\n".join(line.rstrip() for line in output.strip("\n").splitlines())
@@ -76,7 +76,7 @@ class Fence:
 
 @dataclass(frozen=True)
 class Played:
-    """What a chapter's run came to."""
+    """The outcome of running a chapter."""
 
     fences: list[Fence]
     run: int
@@ -84,12 +84,12 @@ class Played:
 
 
 def find_fences(path: Path) -> list[Fence]:
-    """The Python fences of a page, as Sybil finds them."""
+    """Return the Python fences of a page, as Sybil finds them."""
     return [example.parsed for example in Sybil([_parser(None)]).parse(path).examples()]
 
 
 def python_looking(text: str) -> int:
-    """How many fences a reader would take for Python, whatever their label: a plain line scan."""
+    """Count the fences that look like Python to a reader, whatever their label, line by line."""
     count, closing = 0, ""
     for line in text.splitlines():
         opened = re.match(r"[ \t>*+-]*(`{3,}|~{3,})(.*)", line)
@@ -189,7 +189,7 @@ class Run:
         return Played(fences, run=len(self.printed), skipped=skipped)
 
     def _outcome(self, fence: Fence) -> str:
-        """Run one fence; what it printed."""
+        """Run one fence; return what it printed."""
         code = self._compiled(fence)
         if fence.reason is not None:
             return fence.expected or ""
@@ -241,7 +241,7 @@ class Run:
 
     @contextlib.contextmanager
     def _loop_and_modules(self) -> Iterator[None]:
-        """The page's modules can be imported; an error that asyncio only logs is raised."""
+        """Make the page's modules importable, and raise what asyncio only logs."""
         logged: list[str] = []
         listener = logging.Handler(logging.ERROR)
         listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
@@ -268,7 +268,7 @@ def _loggers() -> list[logging.Logger]:
 
 
 def rewrite(path: Path, folder: Path) -> int:
-    """Take what the fences print into the page, where it differs. Returns how many did."""
+    """Copy what the fences print into the page where it differs; return how many did."""
     run = Run(path, folder, debug=False)  # the page shows the times that a reader gets
     played = run.play(lambda fence, printed: None)
     text = path.read_text(encoding="utf-8")

@@ -1,17 +1,16 @@
-"""Do the tests notice missing cleanup? Take it out of a chapter, piece by piece, and see.
+"""Do the tests notice missing cleanup? Remove it from a chapter, piece by piece, and see.
 
-    python tests/mutants.py 01_basic_concepts.py
+    python tools/mutants.py 01_basic_concepts.py
 
 Each mutant is the chapter with one piece of cleanup damaged: a `finally` that runs on success
 only, or never; an `except ...: cleanup; raise` without its cleanup, or no longer for BaseException;
 an `__exit__` that does nothing, or swallows; a ContextVar that is not reset; a callback that is
-not pushed on an ExitStack. Only the managers are damaged, that is, what stands above the line
-`# --- Demos`. The chapter's own test file then runs against each mutant and stops at its first
-failure: that kills the mutant. One that survives is a cleanup that no test holds; it is printed,
-and the exit status is 1.
+not pushed on an ExitStack. Only the managers are damaged: the code above the line `# --- Demos`.
+The chapter's own test file runs against each mutant. Its first failure kills the mutant. If a
+mutant survives, no test covers that cleanup: the mutant is printed and the exit status is 1.
 
-Left out: whether the tests notice *other* damage; mutation testers such as mutmut see to that,
-but none of them takes a `finally` away.
+Left out: whether the tests notice *other* damage. Mutation testers such as mutmut check that, but
+none of them removes a `finally`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 STACK_CALLS = {"callback", "push", "push_async_callback", "push_async_exit"}
 
 
@@ -52,7 +50,7 @@ class Chapter:
         self.end_of_managers = dividers[0] if dividers else len(self.lines) + 1
 
     def mutants(self) -> Iterator[Mutant]:
-        """Every mutant, in the order of the file."""
+        """Yield every mutant, in the order of the file."""
         found: list[Mutant] = []
         for node in ast.walk(self.tree):
             if getattr(node, "lineno", self.end_of_managers) < self.end_of_managers:
@@ -60,7 +58,7 @@ class Chapter:
         yield from sorted(found, key=lambda mutant: mutant.line)
 
     def mutants_at(self, node: ast.AST) -> Iterator[Mutant]:
-        """The mutants by damage at one node."""
+        """Yield the mutants that damage one node."""
         if isinstance(node, ast.Try) and node.finalbody:
             yield self.without(node.finalbody, "finally does nothing")
             yield self.on_success_only(node)
@@ -80,18 +78,18 @@ class Chapter:
                 yield self.without([node], f"{called} is not pushed on the stack")
 
     def without(self, statements: list[ast.stmt], damage: str) -> Mutant:
-        """`pass` instead of some statements."""
+        """Replace some statements with `pass`."""
         first, last = statements[0], statements[-1]
         return self.changed(first, last, " " * first.col_offset + "pass", damage)
 
     def replaced(self, node: ast.expr, text: str, damage: str) -> Mutant:
-        """Another text for one expression."""
+        """Replace one expression with another text."""
         line = self.lines[node.lineno - 1]
         line = line[: node.col_offset] + text + line[node.end_col_offset :]
         return self.changed(node, node, line, damage)
 
     def on_success_only(self, node: ast.Try) -> Mutant:
-        """`else` instead of `finally`."""
+        """Replace `finally` with `else`."""
         number = node.finalbody[0].lineno - 1
         while self.lines[number - 1].strip() != "finally:":
             number -= 1
@@ -105,7 +103,7 @@ class Chapter:
         return self.mutant(number, "finally runs on success only", lines)
 
     def swallowing(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Mutant:
-        """The same body, but every way out of it returns True."""
+        """Keep the body, but make every return of it True."""
         lines = self.lines.copy()
         for inner in ast.walk(node):
             if isinstance(inner, ast.Return):
@@ -118,24 +116,24 @@ class Chapter:
         return self.mutant(node.lineno, f"{node.name} swallows", lines)
 
     def changed(self, first: ast.expr | ast.stmt, last: ast.AST, text: str, damage: str) -> Mutant:
-        """Another text for the lines from one node to another."""
+        """Replace the lines from one node to another."""
         end = getattr(last, "end_lineno", first.lineno)
         lines = [*self.lines[: first.lineno - 1], text, *self.lines[end:]]
         return self.mutant(first.lineno, damage, lines)
 
     def mutant(self, line: int, damage: str, lines: list[str]) -> Mutant:
         source = "\n".join(lines) + "\n"
-        compile(source, damage, "exec")  # a mutant that is no Python would be killed for nothing
+        compile(source, damage, "exec")  # a syntax error would count as killed
         return Mutant(line, damage, source)
 
 
 def body_below_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
-    """The statements of a function, without its docstring unless there is nothing else."""
+    """Return the statements of a function, without its docstring if there are others."""
     return node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
 
 
 def method_called(node: ast.Expr) -> str:
-    """The name of the method if a statement is no more than its call."""
+    """Return the method's name if a statement is only a method call, else ""."""
     call = node.value.value if isinstance(node.value, ast.Await) else node.value
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
         return call.func.attr
@@ -143,9 +141,9 @@ def method_called(node: ast.Expr) -> str:
 
 
 def survives(chapter: Path, source: str, timeout: float | None = None) -> bool:
-    """Run the chapter's tests against another source; True if they all pass.
+    """Run the chapter's tests against another source; return True if they all pass.
 
-    They find it through the environment variable that `load_chapter` in conftest.py honours.
+    `load_chapter` in conftest.py finds that source by an environment variable.
     """
     with tempfile.TemporaryDirectory() as folder:
         replaced = Path(folder, chapter.name)
@@ -173,13 +171,13 @@ def survives(chapter: Path, source: str, timeout: float | None = None) -> bool:
         try:
             return process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
-            return False  # tests that hang notice, too
+            return False  # a test that hangs has noticed
         finally:
             end_group(process)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and the children that a mutant may have left it."""
+    """Kill a process and the children that a mutant may have leaked."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -198,11 +196,13 @@ def main() -> int:
 
 
 def examine(chapter: Path, jobs: int) -> int:
-    """Print what becomes of each mutant; return the exit status."""
+    """Print the fate of each mutant; return the exit status."""
     source = chapter.read_text(encoding="utf-8")
     started = time.monotonic()
     if not survives(chapter, source):
-        print(f"{chapter.name}: its tests fail as it is; make them pass first", file=sys.stderr)
+        print(
+            f"{chapter.name}: its tests fail without damage; make them pass first", file=sys.stderr
+        )
         return 2
     timeout = 10 + 5 * (time.monotonic() - started)
     mutants = list(Chapter(source).mutants())

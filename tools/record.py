@@ -1,11 +1,11 @@
-"""Record the pictures of the README from real runs, or check that they are still true.
+"""Record the README's pictures from real runs, or check that they are up to date.
 
-    python assets/record.py            play the demos below and write their pictures anew
-    python assets/record.py --check    play them, and compare with the pictures that are here
+    python tools/record.py            run the demos below and write their pictures to assets/
+    python tools/record.py --check    run them, and compare with the pictures in assets/
 
-A picture is the terminal as rich drew it, exported as SVG. What differs from run to run (times,
-process ids, ports, temporary paths) is left out of the comparison; every other word counts.
-Both languages are recorded: LANGUAGE chooses, so each gets a process of its own.
+A picture is the terminal as rich drew it, exported as SVG. The comparison ignores what differs
+from run to run: times, process ids, ports and temporary paths. Every other word must be equal.
+Each language is recorded in a process of its own, because LANGUAGE takes effect at import.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 
-FOLDER = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88  # columns: wide enough for every table, narrow enough for a page
-# The demo of each chapter that its picture shows.
-DEMOS = {1: 5, 2: 2, 3: 1, 4: 1, 5: 2, 7: 4, 8: 4}
-RACING = {3, 8}
-LANGUAGES = {"en": FOLDER, "zh_CN": FOLDER / "zh_CN"}
+DEMOS = {1: 5, 2: 2, 3: 1, 4: 1, 5: 2, 7: 4, 8: 4}  # the demo that each chapter's picture shows
+RACING = {3, 8}  # chapters whose tasks finish in a different order each time
+LANGUAGES = {"en": ROOT / "assets", "zh_CN": ROOT / "assets" / "zh_CN"}
 
 
 def load(number: int) -> tuple[str, Any]:
-    """The file name and the module of a chapter."""
-    (path,) = FOLDER.parent.glob(f"{number:02d}_*.py")
+    """Import a chapter; return its file name and its module."""
+    (path,) = ROOT.glob(f"{number:02d}_*.py")
     spec = importlib.util.spec_from_file_location(f"chapter_{number:02d}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -44,9 +43,9 @@ def load(number: int) -> tuple[str, Any]:
 
 
 def record(number: int) -> str:
-    """Play one demo of a chapter on a recording console, and export what it drew."""
+    """Run one demo of a chapter on a recording console; return what it drew as SVG."""
     name, chapter = load(number)
-    # Not a terminal: there, rich would record each frame of what moves.
+    # Not a terminal, because rich would record each frame of a progress bar there.
     chapter.console = Console(
         record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", highlight=False
     )
@@ -56,14 +55,14 @@ def record(number: int) -> str:
 
 
 def tidied(picture: str) -> str:
-    """A picture that loads no font from elsewhere, and gives Chinese characters their two cells."""
+    """Drop fonts loaded from the web, and give each Chinese character its two cells."""
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     picture = re.sub(r'textLength="([\d.]+)"([^>]*)>([^<]*)', in_cells, picture)
     return "\n".join(line.rstrip() for line in picture.splitlines()) + "\n"
 
 
 def in_cells(text: re.Match[str]) -> str:
-    """The length of a text by its cells; rich's export counts characters."""
+    """Set the length of a text by its cells; rich's export counts characters."""
     length, attributes, content = text.groups()
     said = html.unescape(content)
     width = float(length) / len(said) * cell_len(said)
@@ -71,7 +70,7 @@ def in_cells(text: re.Match[str]) -> str:
 
 
 def lines(picture: str) -> list[str]:
-    """What a picture says, line by line, without what differs from run to run."""
+    """Return the lines of a picture, without what differs from run to run."""
     rows: dict[float, str] = {}
     for height, text in re.findall(
         r'<text[^>]* y="([\d.]+)"[^>]*>(.*?)</text>', picture, re.DOTALL
@@ -89,9 +88,9 @@ def comparable(line: str) -> str:
 
 
 def said(number: int, picture: str) -> list[str]:
-    """The lines in their order; where tasks race, the words alone: who comes first is chance.
+    """Return the lines in order, or only the sorted words if tasks race for their order.
 
-    A word in capitals is then a bar of a chart, drawn in the letter of a job.
+    A word in capitals is then a bar of a chart, drawn in the letter of a job, and is ignored.
     """
     if number not in RACING:
         return lines(picture)
@@ -103,7 +102,7 @@ def said(number: int, picture: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--check", action="store_true", help="write nothing; compare")
     parser.add_argument("--language", choices=LANGUAGES, help="only this one")
     arguments = parser.parse_args()
     if not arguments.language:
@@ -126,7 +125,7 @@ def main() -> int:
         elif not path.exists() or said(number, path.read_text(encoding="utf-8")) != said(
             number, picture
         ):
-            print(f"{path.name} ({arguments.language}) is stale: run python assets/record.py")
+            print(f"{path.name} ({arguments.language}) is stale: run python tools/record.py")
             stale = 1
     return stale
 
