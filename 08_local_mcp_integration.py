@@ -7,20 +7,23 @@
 #     "mcp-server-time>=2026.10",
 # ]
 # ///
-"""Chapter 08 · Local MCP integration: several real servers in one context manager.
+"""Chapter 08 · Several MCP servers, one block
 
-After this chapter you can start MCP servers side by side, call their tools, survive the death of
-one of them, and be certain that no child process is left, however your block was left.
+After this chapter you can start MCP servers side by side, call their tools, go on when one of
+them dies, and be sure that no child process is left, however your block ends.
 
-    python 08_local_mcp_integration.py                    play all demos
-    python 08_local_mcp_integration.py 3                  play demo 3 alone
-    python 08_local_mcp_integration.py --config FILE      start the servers of your mcpServers file
-    python 08_local_mcp_integration.py serve notes FILE   be an MCP server: notes in an SQLite file
-    python 08_local_mcp_integration.py serve files DIR    be another: the files below a directory
+    python 08_local_mcp_integration.py                    run all six demos
+    python 08_local_mcp_integration.py 2 4                run demos 2 and 4
+    python 08_local_mcp_integration.py --step             wait for Enter
+    python 08_local_mcp_integration.py --config FILE      start your servers
+    python 08_local_mcp_integration.py serve notes FILE   serve notes in SQLite
+    python 08_local_mcp_integration.py serve files DIR    serve a directory
 
-`serve` speaks over stdin and stdout; with `--http PORT` it prints its URL and serves HTTP.
+`--config` takes an mcpServers file, as MCP hosts use it. `serve` makes this file an MCP server
+that speaks over stdin and stdout; with `--http PORT` it prints its URL and serves HTTP.
+
 Look at `connect` and at `_Owner` first, then at the process ids in the demos. Everything is real:
-child processes, sockets, git, SQLite. Nothing leaves the machine.
+child processes, sockets, git, SQLite. Nothing leaves your machine.
 
 Left out: prompts and resources, authentication, Windows (its event loop cannot watch a pipe).
 """
@@ -35,6 +38,7 @@ import json
 import logging
 import math
 import os
+import re
 import reprlib
 import shutil
 import signal
@@ -43,14 +47,16 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO, TypeVar
+from types import FrameType
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 import anyio
 import uvicorn
@@ -63,11 +69,12 @@ from mcp.types import CONNECTION_CLOSED, CallToolResult, TextContent, Tool
 from pydantic import ConfigDict, HttpUrl, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as checked_dataclass
 from rich.bar import Bar
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.live import Live
-from rich.markdown import Markdown
-from rich.markup import escape
-from rich.table import Table
+from rich.syntax import Syntax
+from rich.table import Column, Table
+from rich.text import Text
 
 T = TypeVar("T")
 State = Literal["starting", "ready", "restarting", "lost", "failed", "stopped"]
@@ -421,19 +428,19 @@ def stderr_lines(server: str) -> Iterator[tuple[TextIO, deque[str]]]:
     stderr_log, lines = logging.getLogger(f"mcp_hub.{server}"), deque[str](maxlen=20)
 
     def drain() -> None:  # a line that arrives in two pieces counts as two
-        for line in (source.read(65_536) or b"").decode(errors="replace").splitlines():
+        for line in (reader.read(65_536) or b"").decode(errors="replace").splitlines():
             lines.append(line)
             stderr_log.info(line)
 
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
-    with open(read_end, "rb", buffering=0) as source, open(write_end, "w") as sink:
+    with open(read_end, "rb", buffering=0) as reader, open(write_end, "w") as sink:
         loop = asyncio.get_running_loop()
-        loop.add_reader(source, drain)
+        loop.add_reader(reader, drain)
         try:
             yield sink, lines
         finally:
-            loop.remove_reader(source)
+            loop.remove_reader(reader)
             drain()  # what a dying child said last
 
 
@@ -541,10 +548,8 @@ async def serve_http(server: MCPServer[Any], port: int) -> None:
         await uvicorn.Server(config).serve(sockets=[listening])
 
 
-# --- Demos: from here on the file tells the story. Copy what is above into production. ---
+# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
 
-console = Console(highlight=False)
-_ = gettext.translation("workshop", Path(__file__).parent / "locale", fallback=True).gettext
 GIT = ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=no"]
 
 
@@ -569,20 +574,28 @@ def workspace() -> Iterator[Path]:
 
 
 def census() -> str:
-    """The ids of all children of this process."""
+    """Return the ids of all children of this process."""
     if not Path("/proc").exists():
         return _("unknown, this system has no /proc")
     return ", ".join(map(str, sorted(child_pids("self/task/*")))) or _("none")
 
 
+def say_children_left() -> None:
+    """Say which children this process still has."""
+    pids = census()
+    verdict(pids == _("none"), _("Children left: {pids}").format(pids=pids))
+
+
 def status_table(statuses: Mapping[str, ServerStatus]) -> Table:
-    table = Table(_("server"), _("status"), "pid", _("tools"), _("ready after"), _("what is wrong"))
+    """Show the status of each server in a row."""
+    titles = (_("server"), _("status"), "pid", _("tools"), _("ready after"), _("what is wrong"))
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     colours = {"ready": "green", "starting": "yellow"}
     for status in statuses.values():
-        state = f"[{colours.get(status.state, 'red')}]{status.state}[/]"
+        state = Text(status.state, colours.get(status.state, "red"))
         seconds = f"{status.startup:.2f} s" if status.startup else ""
         pid, tools = str(status.pid or ""), str(len(status.tools))
-        table.add_row(escape(status.name), state, pid, tools, seconds, escape(status.error))
+        table.add_row(status.name, state, pid, tools, seconds, Text(status.error))
     return table
 
 
@@ -607,12 +620,18 @@ class BesideItsName(logging.Handler):
     """Show what a server says on stderr beside the server's name."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        name = record.name.removeprefix("mcp_hub.")
-        console.print(f"[dim]{escape(name)} │ {escape(record.getMessage())}[/]")
+        say(record.getMessage(), f"{record.name.removeprefix('mcp_hub.')} │ ", "dim")
 
 
 def text_of(result: CallToolResult) -> str:
     return "\n".join(part.text for part in result.content if isinstance(part, TextContent)).strip()
+
+
+def start(call: Coroutine[Any, Any, CallToolResult]) -> asyncio.Task[CallToolResult]:
+    """Start a call as a task. If Ctrl-C leaves nobody to await it, its error is not reported."""
+    task = asyncio.create_task(call)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 async def workflow(hub: McpHub, project: Path) -> None:
@@ -636,20 +655,21 @@ async def workflow(hub: McpHub, project: Path) -> None:
 
 
 def show_timeline(calls: list[tuple[str, float, float, str]]) -> None:
-    table = Table(_("call"), _("when"), "ms", _("last line of the answer"))
+    titles = (_("call"), _("when"), "ms", _("last line of the answer"))
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     total = max(end for _label, _begin, end, _text in calls)
     for label, begin, end, text in calls:
         bar, duration = Bar(total, begin, end, width=16), f"{1000 * (end - begin):.1f}"
-        table.add_row(label, bar, duration, escape(text.split("\n")[-1]))
+        table.add_row(label, bar, duration, Text(text.split("\n")[-1]))
     console.print(table)
 
 
 def demo_forgotten() -> None:
-    """Clients that nobody leaves
+    """Clients that nobody exits
 
-    Two clients, entered by hand and never left. `main()` returns, but its two servers live on, and
-    so **`asyncio.run()` never returns**: it waits for tasks that wait for the children to end. If
-    `main()` had raised, not even the traceback would show. The demo must end the children itself.
+    Two clients are entered by hand and never exited. `main` returns, but its two servers live
+    on, so `asyncio.run` never returns: it waits for tasks that wait for the children to end. If
+    `main` raised, you would not even see the traceback.
     """
     program = StdioServerParameters(command=sys.executable, args=["-m", "mcp_server_time"])
     returned = threading.Event()
@@ -659,30 +679,32 @@ def demo_forgotten() -> None:
             await Client(program, mode="2026-07-28").__aenter__()  # this mode awaits no answer
         returned.set()
 
+    show_code(main)
+    question(_("`main` returns. Does `asyncio.run(main())` return, too?"))
     logging.getLogger("asyncio").disabled = True  # spare us what asyncio says to all this
     runner = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     runner.start()
     try:
         returned.wait()
-        console.print(_("main() has returned; children: [red]{pids}[/]").format(pids=census()))
+        say(_("`main` has returned. Children: {pids}").format(pids=census()))
         runner.join(timeout=0.2)
         if runner.is_alive():
-            console.print(_("[red]asyncio.run() has not returned 0.2 s later[/]"))
+            verdict(False, _("0.2 s later `asyncio.run` has not returned."))
     finally:
         while runner.is_alive():
             for pid in child_pids("self/task/*"):
                 os.kill(pid, signal.SIGKILL)
             runner.join(timeout=0.05)
         logging.getLogger("asyncio").disabled = False
-    console.print(_("asyncio.run() has returned, now that the demo killed them"))
+    say(_("`asyncio.run` has returned, because the demo has killed the children."))
 
 
 def demo_gather() -> None:
-    """Started by gather, and never left in peace
+    """Clients that another task enters
 
-    `gather` runs each coroutine in a task of its own. A client that is entered there must be left
-    there: its cancel scope belongs to that task, which is over. All goes well until the stack is
-    closed. (Servers in this process serve to show it; with children it is the same.)
+    `gather` runs each coroutine in a task of its own. The task that enters a client must exit
+    it, because the client's cancel scope belongs to that task. Here those tasks are over before
+    the stack closes. The servers run in this process; with children it is the same.
     """
 
     async def main() -> None:
@@ -690,20 +712,26 @@ def demo_gather() -> None:
             clients = [Client(notes_server(":memory:")) for _number in range(2)]
             await asyncio.gather(*map(stack.enter_async_context, clients))
             answer = await clients[1].call_tool("add", {"text": "so far, so good"})
-            console.print(f"[green]{text_of(answer)}[/]")
+            say(text_of(answer))
 
-    try:
-        asyncio.run(main())
-    except RuntimeError as error:
-        console.print(f"[red]RuntimeError: {error}[/]")
+    show_code(main)
+    question(_("Which line raises?"))
+    failure = ""
+    with trace() as path:
+        try:
+            asyncio.run(main())
+        except RuntimeError as error:
+            failure = f"RuntimeError: {error}"
+    show_code(main, runs={_("one run"): path})
+    verdict(not failure, failure or _("no error"))
 
 
 def demo_side_by_side() -> None:
     """One owner task for each
 
-    `connect` gives every server an **owner task**, which enters its client, reports that it is
-    ready, waits, and leaves, all by itself. So they start at the same time, and end at the same
-    time. Here are the same two servers, once in turn and once together.
+    `connect` gives every server an owner task, which enters the client, reports that it is
+    ready, waits, and exits the client. So the servers start at the same time, and end at the
+    same time. Here are the same two servers, first in turn and then together.
     """
 
     async def main() -> None:
@@ -715,27 +743,27 @@ def demo_side_by_side() -> None:
         started = time.perf_counter()
         async with connect(servers):
             together = time.perf_counter() - started
-        text = _("ready in turn after [red]{in_turn:.2f} s[/], together [green]{together:.2f} s[/]")
-        console.print(text.format(in_turn=in_turn, together=together))
+        result = _("Ready in turn after {in_turn:.2f} s, together after {together:.2f} s.")
+        verdict(together < in_turn, result.format(in_turn=in_turn, together=together))
 
     with workspace() as folder:
         servers = load_config(folder / "mcp.json")
         del servers["notes"], servers["files"]
         asyncio.run(main())
-    console.print(_("children left: [green]{pids}[/]").format(pids=census()))
+    say_children_left()
 
 
 def demo_development() -> None:
     """Development: four children
 
-    All are required, and what one of them says on stderr is shown beside its name. Then one is
-    killed in the middle of a call. That call fails, and names the server; the others go on. (With
-    `"restart": true` in its configuration the next call would find it alive again.)
+    All four are required. What a server writes to stderr is shown beside its name. Then one is
+    killed in the middle of a call: that call fails and names the server, and the others go on.
+    With `"restart": true` in its configuration, the next call would find it alive again.
     """
     with workspace() as folder:
         servers = load_config(folder / "mcp.json")
         asyncio.run(develop(servers, folder / "project"))
-    console.print(_("children left: [green]{pids}[/]").format(pids=census()))
+    say_children_left()
 
 
 async def develop(servers: Mapping[str, ServerConfig], project: Path) -> None:
@@ -750,37 +778,38 @@ async def kill_one(hub: McpHub) -> None:
     if pid is None:
         return  # without /proc we do not know whom
     os.kill(pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
-    call = asyncio.create_task(hub.call("time", "get_current_time", {"timezone": "UTC"}))
+    call = start(hub.call("time", "get_current_time", {"timezone": "UTC"}))
     await asyncio.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     try:
         await call
     except ServerError as error:
-        console.print(f"[red]ServerError: {escape(str(error))}[/]")
-    console.print("files.list:", text_of(await hub.call("files", "list")))
-    console.print({name: status.state for name, status in hub.statuses.items()})
+        verdict(False, f"ServerError: {error}")
+    say("files.list: " + text_of(await hub.call("files", "list")))
+    say(", ".join(f"{name}: {status.state}" for name, status in hub.statuses.items()))
 
 
 @contextmanager
 def http_service(name: str, where: Path) -> Iterator[Callable[[], HttpUrl]]:
-    """One of our servers as a process of its own that serves HTTP; yields how to learn its URL."""
+    """Run one of our servers as a service over HTTP; yield a function that returns its URL."""
     command = [sys.executable, __file__, "serve", name, str(where), "--http", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as it:
-        assert it.stdout
-        output = it.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as service:
+        assert service.stdout
+        output = service.stdout
         try:
             yield lambda: HttpUrl(output.readline().strip())
         finally:
-            it.terminate()
+            service.terminate()
 
 
 def demo_production() -> None:
     """Production: services, some of them optional
 
-    Our own two servers are now services of their own, reached by Streamable HTTP. An optional
-    server is missing: the work goes on without it. Health is asked for before the work. The
-    workflow is the very same function. The block is left while a call is under way: that one is
-    waited for, new ones are refused.
+    Our own two servers are now services, reached by Streamable HTTP. An optional server is
+    missing, and the work goes on without it, after a health check. The workflow is the same
+    function as before. The block ends while a call is under way: `connect` waits for that call
+    and refuses new ones.
     """
     with (
         workspace() as folder,
@@ -794,77 +823,50 @@ def demo_production() -> None:
             "search": ServerConfig(command="no-such-program", required=False),
         }
         asyncio.run(produce(servers, folder / "project"))
-    console.print(_("children left: [green]{pids}[/]").format(pids=census()))
+    say_children_left()
 
 
 async def produce(servers: Mapping[str, ServerConfig], project: Path) -> None:
     async with shown(servers) as hub:
         problems = await hub.check()
-        console.print(_("healthy:"), ", ".join(escape(n) for n in servers if n not in problems))
+        healthy = [name for name in servers if name not in problems]
+        say(_("Healthy: {names}").format(names=", ".join(healthy)))
         for problem in problems.values():
-            console.print(f"[red]{escape(problem)}[/]")
+            verdict(False, problem)
         await workflow(hub, project)
-        late = asyncio.create_task(hub.call("git", "git_status", {"repo_path": str(project)}))
+        late = start(hub.call("git", "git_status", {"repo_path": str(project)}))
         await asyncio.sleep(0)  # now it is under way
-    answer = escape(text_of(late.result()).splitlines()[-1])
-    console.print(_("[green]the call under way has its answer: {answer}[/]").format(answer=answer))
+    answer = _("The call under way has its answer: {answer}")
+    text = answer.format(answer=text_of(late.result()).splitlines()[-1])
+    verdict(not late.result().is_error, text)
     try:
         await hub.call("git", "git_status", {"repo_path": str(project)})
     except ServerError as error:
-        console.print(f"[red]ServerError: {escape(str(error))}[/]")
+        say(f"ServerError: {error}")
 
 
 def demo_in_process() -> None:
     """In this process, for tests
 
-    An `MCPServer` in place of a configuration runs right here: no child, no socket, ready at once.
-    That is enough to test tools, and a workflow that calls them. It cannot show a missing program,
-    a death, a server that does not answer, or a value that is not JSON.
+    Pass an `MCPServer` instead of a configuration, and it runs in this process: no child, no
+    socket, ready at once. That is enough to test tools, and a workflow that calls them. It cannot
+    show a missing program, a crash, a server that does not answer, or a value that is not JSON.
     """
 
     async def main() -> None:
         async with connect({"notes": notes_server(":memory:")}) as hub:
             await hub.call("notes", "add", {"text": "kept in memory"})
             found = text_of(await hub.call("notes", "search", {"words": "memory"}))
-            ms = 1000 * hub.statuses["notes"].startup
-            text = _("ready after {ms:.1f} ms; children: {pids}; found: {found}")
-            console.print(text.format(ms=ms, pids=census(), found=found))
+            ms, pids = 1000 * hub.statuses["notes"].startup, census()
+            result = _("Ready after {ms:.1f} ms. Children: {pids}. Found: {found}")
+            verdict(pids == _("none"), result.format(ms=ms, pids=pids, found=found))
 
     asyncio.run(main())
 
 
-DEMOS = [demo for name, demo in list(globals().items()) if name.startswith("demo_")]
-
-
-def play(number: int) -> None:
-    """Show a demo's title and lesson, then run it."""
-    demo = DEMOS[number - 1]
-    title, lesson = _(inspect.getdoc(demo) or "").split("\n", 1)
-    console.rule(f"[bold]{number} · {title}", align="left")
-    console.print(Markdown(lesson), "")
-    demo()
-    console.print()
-
-
-def show_key_points() -> None:
-    points = _("""\
-* A client must be left in the task that entered it: give each server one **owner task**.
-* Start together, end together: one context manager around them all leaves no child behind.
-* Name the server in every error, and give every wait a deadline.
-* Required or optional, restarted or not: say it in the configuration, not in the code.
-* A call that failed may have done its work. Repeat it only if you know that this is harmless.""")
-    console.rule(_("[bold]Key points"), align="left")
-    console.print(Markdown(points))
-
-
-class CommandLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage above it
-
-
 def serve(arguments: list[str]) -> int:
-    """Be the MCP server that the command line names; returns the exit status."""
-    parser = CommandLine(prog=f"{Path(__file__).name} serve")
+    """Be the MCP server that the command line names; return the exit status."""
+    parser = argparse.ArgumentParser(prog=f"{Path(__file__).name} serve")
     parser.add_argument("name", choices=SERVERS)
     parser.add_argument("where", help="notes: an SQLite file; files: a directory")
     parser.add_argument("--http", type=int, metavar="PORT", help="0 takes any free one")
@@ -886,7 +888,7 @@ async def show_config(path: str) -> None:
     """Start the servers of a configuration, list their tools, and end them."""
     async with shown(load_config(path)) as hub:
         for name, tools in hub.tools.items():
-            console.print(f"[bold]{escape(name)}[/]", ", ".join(tool.name for tool in tools))
+            say(", ".join(tool.name for tool in tools), f"{name}: ")
 
 
 @contextmanager
@@ -903,20 +905,29 @@ def polite_ends_as_ctrl_c() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["serve"]:
-        return serve(sys.argv[2:])
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandLine(description=__doc__, formatter_class=formatter)
-    parser.add_argument("demo", nargs="*", type=int, help="play only these, by number")
-    parser.add_argument("--config", metavar="FILE", help="start the servers of FILE instead")
+DEMOS = (
+    demo_forgotten,
+    demo_gather,
+    demo_side_by_side,
+    demo_development,
+    demo_production,
+    demo_in_process,
+)
+KEY_POINTS = """\
+* The task that enters a client must exit it, so give each server an owner task.
+* Start together, end together: one context manager around all servers leaves no child behind.
+* Name the server in every error, and give every wait a deadline.
+* Required or optional, restarted or not: say it in the configuration, not in the code.
+* A call that failed may have done its work. Repeat it only if you know that this is harmless."""
+
+
+@contextmanager
+def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
+    """Parse the command line; run `--config` and exit. SIGTERM and SIGHUP act like Ctrl-C."""
+    parser.add_argument("--config", metavar="FILE", help=_("start the servers of FILE instead"))
     options = parser.parse_args()
-    chosen = options.demo or range(1, len(DEMOS) + 1)
-    for number in chosen:
-        if not 1 <= number <= len(DEMOS):
-            parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
     if not options.config and not shutil.which("git"):
-        parser.error("there is no git: install it, since the demos make a repository to work on")
+        parser.error("there is no git: install it, because the demos make a repository")
     stderr_log = logging.getLogger("mcp_hub")
     stderr_log.setLevel(logging.INFO)
     stderr_log.propagate = False
@@ -925,14 +936,212 @@ def main() -> int:
         with polite_ends_as_ctrl_c():
             if options.config:
                 asyncio.run(show_config(options.config))
-                return 0
-            for number in chosen:
-                play(number)
-            show_key_points()
+                parser.exit()
+            yield options
     except (ConfigError, ServerError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        console.print(_("Interrupted. Children left: {pids}").format(pids=census()))
+        say(_("Children left: {pids}").format(pids=census()))
+        raise
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
+    sys.exit(serve(sys.argv[2:]))
+
+
+# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+
+LOCALE = Path(__file__).parent / "locale"
+_ = gettext.translation("workshop", LOCALE, fallback=True).gettext
+console = Console(highlight=False)
+open_brackets: list[bracket] = []
+stepping = False  # --step
+WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
+OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+# A line may break after a space, and beside a wide character that no punctuation clings to.
+BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break paragraphs into lines of at most `width` cells; an indented one stays as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.split("\n"), ""]
+            continue
+        line = ""
+        for piece in re.split(BREAK, " ".join(paragraph.split())):
+            for part in chop_cells(piece, width):
+                if cell_len(line + part.rstrip()) > width:
+                    lines.append(line.rstrip())
+                    line = ""
+                line += part
+        lines += [line.rstrip(), ""]
+    return lines[:-1]
+
+
+def say(text: str, mark: str = "", style: str = "") -> None:
+    """Print text behind the bars of the open brackets, with `mark` before its first line."""
+    bars = "│ " * len(open_brackets)
+    for line in wrap(text, console.width - cell_len(bars + mark)):
+        console.print(Text.assemble((bars, "dim"), (mark + line, style)), soft_wrap=True)
+        mark = " " * cell_len(mark)
+
+
+def verdict(holds: bool, text: str) -> None:
+    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
+    say("")
+
+
+def question(text: str) -> None:
+    """Ask what will happen, before the learner sees it."""
+    say(text, "? ", "bold")
+    pause()
+    console.print()
+
+
+def pause() -> None:
+    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    global stepping
+    if not stepping:
+        return
+    # subtle: in a task, asyncio's handler would keep Ctrl-C from interrupting `input`.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        input(_("  Press Enter to continue: "))
+    except EOFError:
+        stepping = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class bracket:
+    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
+
+    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
+    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self.depth, self.suppressed = label, 0, ""
+
+    def __enter__(self) -> Self:
+        if self.depth == 0:
+            say(self.label, "┌ ")
+            open_brackets.append(self)
+        self.depth += 1
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        self.depth -= 1
+        error = exc_type.__name__ if exc_type else ""
+        if self.depth > 0:
+            self.suppressed = error  # unless the outer exit sees it, too
+            return
+        ending = _("left by {error}") if error else _("ended")
+        if self.suppressed and not error:
+            ending = _("left by {error}, suppressed")
+        open_brackets.remove(self)
+        say(ending.format(error=error or self.suppressed), "└ ")
+
+
+@contextmanager
+def trace() -> Iterator[list[int]]:
+    """Record which lines of this file run in the block, in their order."""
+    lines: list[int] = []
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_globals is not globals():
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            lines.append(frame.f_lineno)
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    before = sys.gettrace()  # a debugger's, or a coverage tool's
+    sys.settrace(on_event)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def source(piece: Any) -> list[tuple[int, str]]:
+    """Return the numbered lines of a function or class, without docstring and comments."""
+    lines, first = inspect.getsourcelines(piece)
+    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    numbered = list(enumerate(code, first))
+    if piece.__doc__:
+        start = next(i for i, line in enumerate(code) if '"""' in line)
+        del numbered[start : start + piece.__doc__.count("\n") + 1]
+    return [(number, line) for number, line in numbered if line]
+
+
+def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
+    """Print code and the path that ran: a column for each run, with the order of its lines."""
+    runs = runs or {}
+    columns = [Column(title, justify="center") for title in runs]
+    heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
+    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    sources = [source(piece) for piece in pieces]
+    shown = {number for lines in sources for number, _text in lines}
+    paths = [[number for number in run if number in shown] for run in runs.values()]
+    for lines in sources:
+        for number, text in lines:
+            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code.rstrip()
+            code.no_wrap = False
+            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
+            table.add_row(code, *(" ".join(order) for order in orders))
+        if lines is not sources[-1]:
+            table.add_row()
+    console.print(table, "")
+
+
+def play(number: int) -> None:
+    """Show a demo's title and lesson, then run it."""
+    title, _blank, lesson = _(inspect.getdoc(DEMOS[number - 1]) or "").partition("\n\n")
+    console.rule(f"[bold]{number} · {title}", align="left")
+    say(lesson)
+    console.print()
+    running = DEMOS[number - 1]()
+    if inspect.iscoroutine(running):
+        import asyncio  # here, so that a chapter without tasks starts sooner
+
+        asyncio.run(running)
+    console.print()
+
+
+def main() -> int:
+    """Play the demos that the command line names; return the exit status."""
+    global stepping
+    gettext.bindtextdomain("workshop", LOCALE)
+    gettext.textdomain("workshop")  # for argparse's own words
+    description = "\n".join(wrap(_(__doc__ or ""), console.width))
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
+    parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
+    numbers = range(1, len(DEMOS) + 1)
+    try:
+        with command_line(parser) as options:
+            for number in options.demo:
+                if number not in numbers:
+                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            stepping = options.step
+            for position, number in enumerate(options.demo or numbers):
+                if position > 0:
+                    pause()
+                play(number)
+            if not options.demo:
+                console.rule(_("[bold]Key points"), align="left")
+                for point in _(KEY_POINTS).splitlines():
+                    say(point.removeprefix("* "), "• ")
+    except KeyboardInterrupt:
+        open_brackets.clear()
+        say(_("Interrupted. The cleanup ran on the way out."))
         return 130
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -1279,7 +1278,7 @@ def play(
 
     def play(*arguments: str, **environment: str) -> tuple[object, str, str]:
         with monkeypatch.context() as patch:
-            patch.setattr(chapter, "settings", argparse.Namespace(live=False))
+            patch.setattr(chapter, "live", False)
             patch.setattr(sys, "argv", [str(chapter_path(2)), *arguments])
             for name, value in environment.items():
                 patch.setenv(name, value)
@@ -1311,63 +1310,74 @@ def test_the_reader_is_told_what_is_a_stand_in_and_what_has_no_price(
     play: Callable[..., Any],
 ) -> None:
     _status, offline, _errors = play("6")
-    assert "The model here is a stand-in" in offline
+    assert "A stand-in plays the model" in offline
     with loopback(hello) as (url, _seen):
         _status, online, _errors = play(
             "6", "--live", OPENAI_BASE_URL=url, OPENAI_API_KEY=KEY, OPENAI_MODEL="llama3.2"
         )
-    assert "The model here is a stand-in" not in online
+    assert "A stand-in plays the model" not in online
     assert "No price is known for llama3.2" in online
 
 
 def test_live_without_a_key_says_what_is_missing(play: Callable[..., Any]) -> None:
     status, _output, errors = play("--live", OPENAI_API_KEY="")
-    assert (status, errors.count("\n")) == (2, 1)
-    assert "--live needs OPENAI_API_KEY" in errors
+    assert status == 2
+    assert "--live needs OPENAI_API_KEY" in errors.splitlines()[-1]
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The body of a table, cell by cell."""
-    lines = [line for line in text.splitlines() if line.startswith("│") and line.count("│") > 3]
-    return [
-        [cell.strip().replace(",", "") for cell in line.strip("│").split("│")] for line in lines
-    ]
+    """The body of a table, cell by cell: the lines below its header that end with dollars."""
+    _above, _header, below = text.partition(" USD")
+    lines = [line for line in below.splitlines() if re.search(r" 0\.\d+ *$", line)]
+    return [line.replace(",", "").split() for line in lines]
 
 
 def test_what_the_lessons_say_is_what_the_run_shows(play: Callable[..., Any]) -> None:
     _status, text, _errors = play("1", "2", "3", "4", "6")
-    _stand_in, life, tokens, turns, stream, review = re.split(r"(?m)^\d · .+$", text)
-    assert life.count("└ closed") == 1
-    assert life.count("└ failed (ZeroDivisionError) · turns 1") == 1
+    _above, life, tokens, turns, stream, review = re.split(r"(?m)^\d · .+$", text)
+    assert re.search(r"└ ended\nsession 'tutor': closed · turns 1 ", life)
+    assert re.search(r"└ left by ZeroDivisionError\nsession 'accountant': failed · turns 1 ", life)
     assert "SessionClosedError: session 'tutor' is closed" in life
-    assert life.index("is closed: False") < life.index("is closed: True")
+    assert "✓ After both sessions, `client.is_closed()` is False." in life
+    assert "✓ After its own block, it is True." in life
 
+    assert [row[0] for row in rows_of(tokens)] == ["English", "中文", "Python", "thanks"]
     for _kind, guess, counted, reported, *_rest in rows_of(tokens):
         assert counted == reported != guess
     assert [row[0] for row in rows_of(tokens) if row[4] != "0"] == ["thanks"]
     assert "ContextWindowError" in tokens
+    assert "✓ In 4 of 4 turns, the count is the input that the API reports." in tokens
 
-    assert "user → user → assistant" in turns
-    assert turns.count("└ closed · turns 1") == turns.count("turn 2: rolled back") == 4
+    assert "✗ The conversation: user → user → assistant." in turns
+    assert re.search(r"messages\.append.*assistant.* {6}4 *\n", turns)  # in the second call only
+    assert turns.count(": closed · turns 1 ") == turns.count("turn 2: rolled back") == 4
+    assert "✓ 4 of 4 sessions keep the first turn" in turns
 
-    assert "messages: []" in stream
+    assert "✓ The conversation: []." in stream
     assert "'Stand-in '" in stream
+    assert "closed · turns 0 · requests 2 " in stream
 
     parts = rows_of(review)
     assert [row[0] for row in parts] == ["1", "2", "3", *map(str, range(3, len(parts)))]
     assert [row[1] for row in parts] == ["1", "2", "3", *["1"] * (len(parts) - 3)]
     assert (
-        review.count("└ failed (InternalServerError) · turns 2")
+        review.count("session 'review': failed · turns 2 ")
+        == review.count("└ left by InternalServerError")
         == review.count("InternalServerError: Error")
         == 1
     )
     assert sum(Decimal(row[5]) for row in parts) == Decimal(parts[-1][6])
-    assert f" · ${parts[-1][6]}\n┏" in review
+    requests = sum(int(row[1]) for row in parts)
+    closed = f"session 'review': closed · turns {len(parts) - 1} · requests {requests} "
+    assert closed in review
+    assert f" · ${parts[-1][6]}\n" in review
+    assert f"✓ {len(parts) - 1} of {len(parts) - 1} parts are reviewed." in review
 
 
 def test_the_killed_child_of_the_demo_loses_nothing_that_it_reported(
     play: Callable[..., Any],
 ) -> None:
     _status, text, _errors = play("5")
-    ((reported, found),) = re.findall(r"(?s)reported (\d+) turns.*resumed with (\d+)", text)
+    ((reported, found),) = re.findall(r"(?s)had reported (\d+) turns.*resumed with (\d+)", text)
     assert 3 <= int(reported) <= int(found) <= int(reported) + 1
+    assert f"✓ Of the {reported} turns that it reported, 0 are lost." in text

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import types
 from collections import deque
@@ -1102,7 +1103,7 @@ def test_demo_1_each_device_holds_one_job_at_a_time_and_every_job_saw_its_own_de
     device_of = {letter: row[-1] for row, letter, *_times in spans}
     saw = " ".join(f"{job}={device_of[job]}" for job in "ABCDEFGHI")
     assert f"CUDA_VISIBLE_DEVICES, as each worker saw it: {saw}" in " ".join(printed.split())
-    assert "in_use=0, waiting=0" in printed
+    assert "✓ After the block: PoolStatistics(total=4, in_use=0, waiting=0)." in printed
 
 
 def test_demo_1_draws_a_row_for_each_device_though_all_bear_one_name(
@@ -1111,9 +1112,11 @@ def test_demo_1_draws_a_row_for_each_device_though_all_bear_one_name(
     same = [chapter.GPU(index, "NVIDIA H200", 143_771) for index in range(2)]
     monkeypatch.setattr(chapter, "discover_gpus", lambda: same)
     printed = played("demo_pool").splitlines()
-    assert printed[:2] == [f" {index}: NVIDIA H200, 143771 MiB" for index in range(2)]
+    assert printed[:2] == [f"{index}: NVIDIA H200, 143771 MiB" for index in range(2)]
+    rows = [line for line in printed if line.startswith(" ") and "NVIDIA H200" in line]
+    assert len(rows) == 2
     for index in range(2):
-        assert printed[2 + index].startswith(f" {index}: NVIDIA H200    {'AB'[index]}")
+        assert rows[index].startswith(f" {index}: NVIDIA H200    {'AB'[index]}")
 
 
 def test_demo_1_shows_progress_bars_in_a_terminal(
@@ -1130,20 +1133,20 @@ def test_demo_1_shows_progress_bars_in_a_terminal(
 def test_demo_2_a_queue_starves_the_second_task_and_the_pool_alternates(
     played: Callable[[str], str],
 ) -> None:
-    queue, pool = played("demo_queue").splitlines()
-    assert queue == f"Queue   {30 * 'A'}…  turns of A before B's first: 100"
-    assert pool == f"GPUPool {15 * 'AB'}…  turns of A before B's first: 1"
+    printed = played("demo_queue")
+    assert f"Queue: {30 * 'A'}…\n✗ Turns of A before B's first: 100.\n" in printed
+    assert f"GPUPool: {15 * 'AB'}…\n✓ Turns of A before B's first: 1.\n" in printed
 
 
 def test_demo_3_after_gather_siblings_still_hold_devices_and_after_a_task_group_none_does(
     played: Callable[[str], str],
 ) -> None:
-    printed = played("demo_siblings").splitlines()
-    told = [line for line in printed if "came out" in line]
-    failed = "RuntimeError('the worker of job A failed') came out; devices still in use: "
-    assert told[0].startswith(failed)
-    assert int(told[0].removeprefix(failed)) > 0
-    assert told[1:] == [f"{failed}0", "TimeoutError() came out; devices still in use: 0"]
+    printed = " ".join(played("demo_siblings").split())
+    results = re.findall(r"([✗✓]) The caller gets (.+?)\. Devices still in use: (\d+)\.", printed)
+    failed = "RuntimeError('the worker of job A failed')"
+    assert results[0][:2] == ("✗", failed)
+    assert int(results[0][2]) > 0
+    assert results[1:] == [("✓", failed, "0"), ("✓", "TimeoutError()", "0")]
     for chart, outlives in zip(chapter.charts, (True, False, False), strict=True):
         awaited = next(span[3] for span in chart.spans if span[0] == "await")
         assert any(span[3] > awaited for span in chart.spans) == outlives
@@ -1152,11 +1155,14 @@ def test_demo_3_after_gather_siblings_still_hold_devices_and_after_a_task_group_
 def test_demo_4_only_finish_ends_the_cleanup_before_the_task_ends(
     played: Callable[[str], str],
 ) -> None:
-    assert played("demo_cleanup").splitlines() == [
-        "await release()          leases given back: 0 when the task ended, 0 in the end",
-        "await shield(release())  leases given back: 0 when the task ended, 1 in the end",
-        "await finish(release())  leases given back: 1 when the task ended, 1 in the end",
+    printed = played("demo_cleanup").splitlines()
+    assert [line for line in printed if line.startswith(("✗", "✓"))] == [
+        "✗ `unprotected`: leases given back when the task ended: 0, 60 ms later: 0.",
+        "✗ `shield`: leases given back when the task ended: 0, 60 ms later: 1.",
+        "✓ `finish`: leases given back when the task ended: 1, 60 ms later: 1.",
     ]
+    _code, path = (line for line in printed if "given_back.append" in line)
+    assert path.split()[1:] == ["5", "5"]  # `unprotected` never ran it
 
 
 def test_demo_5_two_calls_at_once_in_all_one_in_each_session_and_a_cancelled_turn_leaves_no_trace(
@@ -1170,7 +1176,7 @@ def test_demo_5_two_calls_at_once_in_all_one_in_each_session_and_a_cancelled_tur
         own = [span for span in spans if span[0].startswith(name)]
         assert "".join(span[1] for span in own) == turns
         assert most_at_once(own) == 1
-    assert "Messages before: 4, after: 4" in printed
+    assert "✓ Cancelled half-way. Messages before: 4, after: 4." in printed
     # The words of Ada's whole turns: 3, then 3 + 4 + 4, then 3 + 4 + 4 + 4 + 3; and 4 back each.
     ada = next(line for line in printed.splitlines() if line.startswith("│ Ada"))
     cost = (32 * Decimal("0.15") + 12 * Decimal("0.6")) / 1_000_000
@@ -1225,7 +1231,33 @@ def test_live_ends_with_one_line_where_the_model_does_not_answer(
     monkeypatch.setattr(sys, "argv", ["03_async_manager.py", "--live", "5"])
     with pytest.raises(SystemExit) as ended:
         chapter.main()
-    message = str(ended.value.code)
+    printed, message = capsys.readouterr()
+    assert ended.value.code == 1
     assert message.startswith(f"03_async_manager.py: the model did not answer: {error}(")
-    assert "\n" not in message
-    assert "stand-in" not in capsys.readouterr().out
+    assert message.count("\n") == 1
+    assert "stand-in" not in printed
+
+
+def test_ctrl_c_that_surfaces_as_a_cancellation_is_a_keyboard_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So it is on Python 3.11, after a task group has failed."""
+
+    async def demo_interrupted() -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(chapter, "DEMOS", (demo_interrupted,))
+    monkeypatch.setattr(sys, "argv", ["03_async_manager.py", "1"])
+    assert chapter.main() == 130
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_live_without_a_key_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setattr(sys, "argv", ["03_async_manager.py", "--live"])
+    with pytest.raises(SystemExit) as ended:
+        chapter.main()
+    assert ended.value.code == 2
+    assert "--live needs OPENAI_API_KEY" in capsys.readouterr().err.splitlines()[-1]

@@ -1068,19 +1068,20 @@ def test_an_exit_that_writes_can_hide_the_error_of_the_body() -> None:
     unwritable = partial(chapter.span, database="no such folder/spans.db")
     with pytest.raises(sqlite3.OperationalError):
         chapter.error_when_leaving_goes_wrong(unwritable)
-    with pytest.raises(ValueError, match="the body's own"):
+    with pytest.raises(ValueError, match="the block's own"):
         chapter.error_when_leaving_goes_wrong(smart_session)
 
 
 def test_the_table_beside_llamabot_shows_these_outcomes(capsys: pytest.CaptureFixture[str]) -> None:
     contextvars.copy_context().run(chapter.demo_beside_llamabot)
-    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    _paths, _rule, table = capsys.readouterr().out.partition("┏")
+    rows = [line.split("│")[1:4] for line in table.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["after_a_nested_session", "0", "1"],
-        ["after_entering_it_again", "0", "1"],
-        ["in_a_task_that_outlives_it", "1", "SessionClosedError"],
-        ["parent_of_a_nested_session", "None", "outer"],
-        ["error_when_leaving_goes_wrong", "OperationalError", "ValueError"],
+        ["after_a_nested_session", "✗ 0", "✓ 1"],
+        ["after_entering_it_again", "✗ 0", "✓ 1"],
+        ["in_a_task_that_outlives_it", "✗ 1", "✓ SessionClosedError"],
+        ["parent_of_a_nested_session", "✗ None", "✓ outer"],
+        ["error_when_leaving_goes_wrong", "✗ OperationalError", "✓ ValueError"],
     ]
 
 
@@ -1177,6 +1178,30 @@ def test_the_generators_demo_shows_the_leak_and_its_absence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     chapter.demo_generators()
-    leaking, isolated = capsys.readouterr().out.splitlines()
-    assert leaking.endswith("inside")
-    assert isolated.endswith("None")
+    leaking, isolated = re.findall(r"^[✗✓] .*", capsys.readouterr().out, re.MULTILINE)
+    assert leaking == "✗ While `answers()` is suspended, its caller's session is inside."
+    assert isolated == ("✓ While `isolated(answers())` is suspended, its caller's session is None.")
+
+
+def test_the_path_beside_llamabot_asks_after_the_reset(capsys: pytest.CaptureFixture[str]) -> None:
+    """`ask` runs after `set(None)` under their rule, and after `reset(token)` under ours."""
+    contextvars.copy_context().run(chapter.demo_beside_llamabot)
+    _code, _heading, path = capsys.readouterr().out.partition("order of execution")
+    asked, set_none, reset = (
+        [int(number) for number in re.findall(rf"{re.escape(line)} +(\d[\d ]*\d)", path)[0].split()]
+        for line in ('ask("Is this recorded?")', "recorder.set(None)", "_current.reset(token)")
+    )
+    assert set_none[0] < asked[0] < set_none[1]
+    assert reset[0] < asked[1] < reset[1]
+
+
+def test_the_thread_demo_says_which_call_was_not_recorded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chapter.demo_tasks_and_threads()
+    in_executor = "✓ Calls recorded: 1 of 1." if inherited() else "✗ Calls recorded: 0 of 1."
+    assert re.findall(r"^[✗✓] .*", capsys.readouterr().out, re.MULTILINE) == [
+        "✓ Calls recorded: 3 of 3.",
+        in_executor,
+        "✓ Calls recorded: 1 of 1.",
+    ]

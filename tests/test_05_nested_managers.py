@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import asyncio
 import copy
@@ -12,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -1592,6 +1594,11 @@ def played(demo: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def verdicts(output: str) -> list[str]:
+    """The lines with which a demo says what holds, and what does not."""
+    return [line for line in output.splitlines() if line.startswith(("✓ ", "✗ "))]
+
+
 def cells(output: str) -> list[list[str]]:
     """The cells of the tables in what a demo printed."""
     return [
@@ -1605,11 +1612,26 @@ def test_check_then_call_spends_nine_times_the_limit_and_reserve_then_call_what_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = played(chapter.demo_never_overspent, capsys)
-    assert cells(output) == [
-        ["check_then_call", "10", "0", "$0.0045", "900%"],
-        ["reserve_then_call", "1", "9", "$0.00045", "90%"],
+    assert verdicts(output) == [
+        "✗ `check_then_call`: 10 sent, 0 refused; spent $0.0045, 900% of the limit.",
+        "✓ `reserve_then_call`: 1 sent, 9 refused; spent $0.00045, 90% of the limit.",
     ]
     assert "$0.00045 was asked, and $0.00005 is left of $0.0005" in " ".join(output.split())
+
+
+def test_the_path_shows_that_all_ten_check_before_one_pays(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = played(chapter.demo_never_overspent, capsys)
+    checked, paid = (
+        [
+            int(number)
+            for number in re.findall(rf"^ +{line} +(\d[\d ]+)$", output, re.MULTILINE)[0].split()
+        ]
+        for line in (r"if budget\.spent >= budget\.limit:", r"budget\.spent \+= chat\.cost")
+    )
+    assert len(checked) == len(paid) == 10
+    assert max(checked) < min(paid)
 
 
 def test_the_first_lesson_has_the_numbers_right() -> None:
@@ -1618,6 +1640,14 @@ def test_the_first_lesson_has_the_numbers_right() -> None:
         assert chat.longest == 500
         assert f"costs up to {chapter.usd(chat.worst_case(chapter.PAGE))}" in lesson
     assert chapter.count_tokens([{"role": "user", "content": chapter.PAGE}]) == 1000
+
+
+def test_each_level_has_spent_what_the_nested_budgets_demo_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert verdicts(played(chapter.demo_nested_budgets, capsys)) == [
+        "✓ Each level has spent $15, and has nothing reserved."
+    ]
 
 
 def test_the_nested_budgets_demo_draws_what_is_spent_reserved_and_left(
@@ -1629,11 +1659,11 @@ def test_the_nested_budgets_demo_draws_what_is_spent_reserved_and_left(
         "step   ████████············ █ $15 ▒ $0 · $25 left",
         "step   ████████············ █ $15 ▒ $0 · $25 left",
     ]
-    assert [line.split("  ")[0] for line in lines if line.startswith("└")] == [
-        "└ left at its end",
+    assert [line for line in lines if line.startswith("└")] == [
+        "└ ended",
         "└ left by TimeoutError",
-        "└ setup raised BudgetExceededError",
-        *["└ left at its end"] * 3,
+        "└ left by BudgetExceededError",
+        *["└ ended"] * 3,
     ]
     assert "budget 'step': $30 was asked, and $25 is left of $40" in " ".join(lines)
 
@@ -1652,21 +1682,28 @@ def test_the_processes_demo_shows_a_lease_that_outlives_its_process(
         f"{spent} ▒ $0",
     ]
     assert 0 < Decimal(spent) <= Decimal("0.08")
+    taken = chapter.usd(Decimal(spent) + Decimal("0.02"))
+    assert verdicts(output) == [
+        f"✓ Spent and reserved: {taken} of $0.1.",
+        "✓ Still reserved: $0.",
+    ]
 
 
 def test_three_ways_of_nesting_leave_in_the_same_order_and_with_the_same_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = played(chapter.demo_three_ways, capsys)
-    for outcome in ("left: c b a", "← OSError", "← ZeroDivisionError"):
-        assert output.count(outcome) == 3
+    output = " ".join(played(chapter.demo_three_ways, capsys).split())
+    outcome = "Exited: c, b, a. Raised: OSError; `__context__`: ZeroDivisionError."
+    assert output.count(outcome) == output.count("✓ ") == 3
 
 
 def test_in_the_governed_demo_each_layer_does_its_part(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = played(chapter.demo_governed_session, capsys)
-    assert "Turns kept in the database: [('first', 'What does a context manager do?')]" in output
+    assert verdicts(output) == [
+        "✓ Turns kept in the database: [('first', 'What does a context manager do?')]"
+    ]
     assert [row[:3] for row in cells(output)[-2:]] == [["ask", "2", "0"], ["tool", "2", "1"]]
     bars = [line for line in output.splitlines() if line.startswith("team ")]
     assert [bar.split("█ ")[-1].split(" · ")[0] for bar in bars] == [
@@ -1682,7 +1719,7 @@ def test_live_asks_the_endpoint_and_the_model_of_the_environment(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:11434/v1/")
     monkeypatch.setenv("OPENAI_MODEL", "llama3")
-    parser = chapter.CommandLine(prog="chapter")
+    parser = argparse.ArgumentParser(prog="chapter")
     with chapter.live_model(parser, "gpt-4o-mini"):
         with chapter.session("live", **chapter.options) as chat:
             assert str(chat._client.base_url) == "http://localhost:11434/v1/"
@@ -1694,7 +1731,7 @@ def test_live_asks_the_endpoint_and_the_model_of_the_environment(
 def test_live_ends_with_one_line_where_the_model_has_no_price_or_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = chapter.CommandLine(prog="chapter")
+    parser = argparse.ArgumentParser(prog="chapter")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("OPENAI_MODEL", "llama3")
     with pytest.raises(SystemExit) as ended, chapter.live_model(parser, None):
@@ -1703,8 +1740,10 @@ def test_live_ends_with_one_line_where_the_model_has_no_price_or_does_not_answer
     with pytest.raises(SystemExit) as ended, chapter.live_model(parser, "gpt-4o-mini"):
         raise openai.APIConnectionError(request=httpx2.Request("POST", "http://localhost"))
     assert ended.value.code == 1
+    unknown = "the price of 'llama3' is unknown: name a model with a known one as priced_as"
     assert capsys.readouterr().err.splitlines() == [
-        "chapter: the price of 'llama3' is unknown: name a model with a known one as priced_as",
+        "usage: chapter [-h]",
+        f"chapter: error: {unknown}",
         "chapter: llama3 did not answer: Connection error.",
     ]
     assert chapter.options == {}

@@ -275,7 +275,7 @@ def test_a_script_leaves_no_file_in_its_folder_nor_at_home_nor_in_the_temporary_
 def test_a_script_closes_with_three_to_six_key_points(script: Path) -> None:
     _demos, rule, key_points = played_alone(script).out.partition(KEY_POINTS)
     assert rule
-    assert 3 <= key_points.count("\n • ") <= 6
+    assert 3 <= key_points.count("\n• ") <= 6
 
 
 @each_script
@@ -372,13 +372,15 @@ def test_with_no_color_a_terminal_gets_no_colour(script: Path) -> None:
 # --- The command line ---
 
 
+@functools.cache
 def demos_of(script: Path) -> int:
-    """How many demos a script has."""
+    """How many demos a script has; each of them is in `DEMOS`, in the order of the file."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return sum(
-        isinstance(node, functions) and node.name.startswith("demo_")
-        for node in tree_of(script).body
-    )
+    body = tree_of(script).body
+    names = [node.name for node in body if isinstance(node, functions)]
+    demos = [name for name in names if name.startswith("demo_")]
+    assert [demo.__name__ for demo in load_chapter(number_of(script)).DEMOS] == demos
+    return len(demos)
 
 
 def play(
@@ -401,21 +403,46 @@ def play(
 
 
 @each_script
-def test_a_wrong_option_or_demo_is_answered_by_one_line_on_stderr_and_status_2(
+def test_a_wrong_option_or_demo_ends_with_status_2_and_two_lines(
     script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong in ("--wrong", "99", "0", "x"):
         played = play(monkeypatch, script, wrong)
         assert (played.status, played.out) == (2, "")
-        assert re.fullmatch(rf"{re.escape(script.name)}.*: .+\n", played.err), played.err
+        *usage, error = played.err.splitlines()
+        assert usage[0].startswith(f"usage: {script.name}")
+        assert error.startswith(f"{script.name}: error: ")
 
 
 @each_script
 def test_help_says_what_is_in_the_script(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played = play(monkeypatch, script, "--help")
-    first_line = inspect.cleandoc(ast.get_docstring(tree_of(script)) or "").splitlines()[0]
+    words = inspect.cleandoc(ast.get_docstring(tree_of(script)) or "").split()
     assert (played.status, played.err) == (0, "")
-    assert first_line in played.out
+    assert " ".join(words) in " ".join(played.out.split())
+
+
+def test_the_help_of_every_script_is_translated() -> None:
+    command = [sys.executable, "-c", HELP_IN_CHINESE, *map(os.fspath, SCRIPTS)]
+    chinese = environment(ROOT, LANGUAGE="zh_CN", PYTHONUTF8="1", COLUMNS="80")
+    helped = subprocess.run(command, env=chinese, capture_output=True, encoding="utf-8", check=True)
+    pages = helped.stdout.split("\f")[1:]
+    assert len(pages) == len(SCRIPTS)
+    for page in pages:
+        prose = [line for line in page.splitlines() if line and not line.startswith(" ")]
+        assert [line for line in prose if not CHINESE.search(line)] == []
+        assert max(map(cell_len, prose)) <= WIDTH
+
+
+HELP_IN_CHINESE = """
+import contextlib, runpy, sys
+scripts = sys.argv[1:]
+for script in scripts:
+    sys.argv[:] = [script, "--help"]
+    print(end="\\f")
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+"""
 
 
 @pytest.mark.usefixtures("tasks_may_be_abandoned")
