@@ -12,8 +12,8 @@ interrupted, write a context manager as a class and as a generator, and spot one
     python 01_basic_concepts.py --step   wait for Enter at each question
 
 Read the managers first: they are production code, and they print nothing. Then run the demos.
-Each asks a question, runs a broken version and a right one, and shows the path that ran: the
-code, and beside it the order in which its lines ran. A line without a number never ran.
+Most ask a question, then run a broken version and a right one, and show the path that ran: the
+code, with the order of execution beside each line. A line without a number never ran.
 
 Left out: `async with` (chapter 03), several managers at once (chapters 05 and 07).
 """
@@ -102,12 +102,11 @@ class Timer:
 @contextmanager
 def timer(name: str, clock: Clock = time.perf_counter) -> Iterator[Timer]:
     """Time a block, and log its seconds under `name` even if it raises."""
-    timed = Timer(clock)
-    try:
-        with timed:
+    with Timer(clock) as timed:
+        try:
             yield timed
-    finally:
-        logger.info("%s took %.6f s", name, timed.elapsed)
+        finally:
+            logger.info("%s took %.6f s", name, timed.elapsed)
 
 
 @contextmanager
@@ -116,14 +115,13 @@ def temporary_config(
 ) -> Iterator[MutableMapping[str, T]]:
     """Change some keys of a mapping for the duration of a block.
 
-    Afterwards each key has its old value again, or is absent again. If the mapping rejects a
+    When the block ends, each key gets its old value back or is removed. If the mapping rejects a
     value (`os.environ` takes only str), the error propagates and nothing stays changed. If one
     key cannot be restored, the others still are, and that error propagates.
 
-    The mapping must store its values itself, as dict and os.environ do. For a ChainMap, pass the
-    map to change: `chain.maps[0]`. A ConfigParser copies what it is given and is not restored.
-    Threads or tasks whose blocks overlap restore each other's values: use a ContextVar there
-    (chapter 04).
+    The mapping must store its values itself, as dict and os.environ do. In a ChainMap, change one
+    map: `chain.maps[0]`. A ConfigParser copies what it is given and is not restored. Blocks that
+    overlap in threads or tasks restore each other's values: use a ContextVar there (chapter 04).
     """
     with ExitStack() as restore:  # runs every callback, even if one of them raises
         for key in changes:
@@ -144,15 +142,16 @@ def atomic_write(
     Yield a draft in the same directory, and rename it to `path` when the block ends well.
     Otherwise the old file is untouched, the draft is deleted, and the error propagates.
 
-    The new file gets the old one's owner, mode, and those extended attributes that the system
-    lets you set. It is a new inode: hard links still lead to the old content.
-    Raises ValueError for another mode. Raises OSError, before the block runs, if `path` cannot
-    be replaced: a directory, device, FIFO or mount point, or a file whose owner you cannot set.
+    The new file keeps the old one's owner, mode and extended attributes, except what writing
+    clears (set-user-ID, capabilities). Hard links keep the old content.
+    Raises ValueError if `mode` is not "w" or "wb". Raises OSError before the block runs if `path`
+    is a directory, device, FIFO or mount point, or if you may not set the owner, and after the
+    block if the rename fails for another reason (an immutable file, for example).
     """
-    target = Path(path).resolve()  # replace what a symbolic link leads to, not the link
+    target = Path(path).resolve()  # replace the target of a symbolic link, not the link
     check_replaceable(target)
     draft = target.with_name(f".{os.urandom(8).hex()}.draft")
-    # subtle: open inside the `try`, or Ctrl-C between the two leaves the draft behind.
+    # subtle: open inside the `try`. Ctrl-C between the two would leave the draft behind.
     try:
         with open_draft(draft, target, mode, encoding) as file:
             copy_attributes(target, draft)
@@ -182,7 +181,7 @@ def is_mount_point(target: Path) -> bool:
         mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    escaped = os.fsencode(target).replace(b" ", rb"\040")
+    escaped = re.sub(rb"[ \t\n\\]", lambda char: b"\\%03o" % ord(char[0]), os.fsencode(target))
     return any(mount.split()[4] == escaped for mount in mounts)
 
 
@@ -210,6 +209,9 @@ def copy_attributes(target: Path, draft: Path) -> None:
         except PermissionError:
             message = f"cannot keep its owner {old.st_uid}:{old.st_gid}: write to it with open()"
             raise PermissionError(errno.EPERM, message, str(target)) from None
+    if sys.platform == "linux":
+        with suppress(OSError):  # subtle: the directory's default ACL may let others read it
+            os.removexattr(draft, "system.posix_acl_access")
     shutil.copystat(target, draft)
     os.utime(draft)  # but the content is new
 
@@ -218,20 +220,21 @@ def copy_attributes(target: Path, draft: Path) -> None:
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Commit what the block did to the database, or roll all of it back if the block raises.
 
-    Raises RuntimeError if a transaction is already open, or if the block ended this one itself:
-    `commit()`, `executescript()` and `with connection:` all commit. Raises
-    sqlite3.OperationalError if another connection keeps the write lock past the timeout.
+    Leave commit and rollback to the manager. `commit()`, `executescript()` and `with connection:`
+    inside the block commit what came before them; if the block then ends well, RuntimeError.
+    Raises RuntimeError if a transaction is already open, or if the connection has an `autocommit`
+    setting. Raises sqlite3.OperationalError if another connection keeps a lock past the timeout.
     """
-    if getattr(connection, "autocommit", None) is False:  # Python 3.12
-        raise RuntimeError("with autocommit=False a transaction is always open: connect without it")
+    if getattr(connection, "autocommit", -1) != -1:  # -1, the default, came with Python 3.12
+        raise RuntimeError("the connection has autocommit set: connect without it")
     if connection.in_transaction:
         raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
-    # subtle: begin inside the `try`. Ctrl-C may arrive when BEGIN has just got its lock.
+    # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
     try:
         connection.execute("BEGIN IMMEDIATE")  # take the write lock now, not half-way through
-        connection.execute("SAVEPOINT block")
+        connection.execute("SAVEPOINT whole_block")
         yield connection
-        release(connection, "block")
+        release(connection, "whole_block")
         connection.execute("COMMIT")  # inside the `try`: a failed commit must roll back, too
     except BaseException:
         if connection.in_transaction:
@@ -246,7 +249,7 @@ def release(connection: sqlite3.Connection, savepoint: str) -> None:
     except sqlite3.OperationalError as error:
         if "no such savepoint" not in str(error):
             raise
-        message = "the block ended its transaction itself: leave commit and rollback to the manager"
+        message = "the block committed or rolled back: leave that to the manager"
         raise RuntimeError(message) from None
 
 
@@ -266,20 +269,20 @@ class GeneratorManager(AbstractContextManager[T]):
             else:
                 self.generator.throw(exc)  # raise the block's exception at the `yield`
         except StopIteration:
-            return exc is not None  # it ended: so it caught the exception, if there was one
-        raise RuntimeError("generator didn't stop")
+            return exc is not None  # it ended, so it caught the exception (if any)
+        raise RuntimeError("the generator has a second `yield`")
 
 
 def contextmanager_from_scratch(
     function: Callable[P, Generator[T, None, None]],
 ) -> Callable[P, GeneratorManager[T]]:
-    """Turn a generator function with one `yield` into a context manager. Only for reading.
+    """Turn a generator function with one `yield` into a context manager. For study only.
 
-    What `contextlib.contextmanager` has besides:
+    What `contextlib.contextmanager` does better:
     - If the generator does not yield, the error says so. Here it is a bare StopIteration.
-    - A StopIteration that the block raises stays one. Here it becomes a RuntimeError.
+    - A StopIteration from the block propagates. Here it becomes a RuntimeError.
     - The traceback does not show the manager's own lines.
-    - The manager can decorate a function.
+    - The function keeps its name and docstring, and its managers can decorate functions.
     """
 
     def make_manager(*args: P.args, **kwargs: P.kwargs) -> GeneratorManager[T]:
@@ -288,7 +291,15 @@ def contextmanager_from_scratch(
     return make_manager
 
 
-# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """Return what a call returns, or the name of its exception."""
+    try:
+        return str(call())
+    except Exception as error:
+        return type(error).__name__
 
 
 def both(function: Callable[[bool], object]) -> dict[str, list[int]]:
@@ -298,6 +309,12 @@ def both(function: Callable[[bool], object]) -> dict[str, list[int]]:
     with suppress(Exception), trace() as raises:
         function(True)
     return {_("ends well"): ends_well, _("raises"): raises}
+
+
+def work(fails: bool) -> None:
+    sum(range(100_000))
+    if fails:
+        raise ValueError
 
 
 class Recorder:
@@ -337,7 +354,7 @@ def demo_with() -> None:
     `__exit__`, however the block ends. If the block raises, `__exit__` receives the exception.
     In the path below, a `with` line has two numbers: it runs once to enter and once to exit.
     """
-    show_code(by_hand, with_statement)
+    show_code(by_hand)
     question(_("One run ends well, one returns early, one raises. Which of them call `__exit__`?"))
     ways = {_("ends well"): "end", _("returns"): "return", _("raises"): "raise"}
     for function in (by_hand, with_statement):
@@ -347,17 +364,11 @@ def demo_with() -> None:
             with suppress(ValueError), trace() as runs[title]:
                 function(recorder, way)
             say(f"{title}: {' → '.join(recorder.calls)}")
-            exits += len(recorder.calls) - 1
+            exits += len(recorder.calls[1:])
         show_code(function, runs=runs)
         result = _("`{function}` called `__exit__` in {exits} of 3 runs.")
         verdict(exits == 3, result.format(function=function.__name__, exits=exits))
     say(_("In `by_hand`, call `__exit__` in a `finally`, and run demo 1 again."), "→ ")
-
-
-def work(fails: bool) -> None:
-    sum(range(100_000))
-    if fails:
-        raise ValueError
 
 
 def timed_by_hand(seconds: list[float], fails: bool) -> None:
@@ -366,8 +377,8 @@ def timed_by_hand(seconds: list[float], fails: bool) -> None:
     seconds.append(time.perf_counter() - started)
 
 
-def timed_block(manager: Any, timers: list[Timer], fails: bool) -> None:
-    with manager() as timed:
+def timed_block(timers: list[Timer], fails: bool) -> None:
+    with timer("work") as timed:
         timers.append(timed)
         work(fails)
 
@@ -376,22 +387,19 @@ def demo_timer() -> None:
     """A timer, as a class and as a generator
 
     In a class, `__enter__` is the set-up and `__exit__` is the cleanup. With `@contextmanager`,
-    one generator does both: the lines before `yield` are the set-up, `finally` is the cleanup,
-    and the block runs while the generator waits at the `yield`.
+    a generator is enough: the lines before `yield` are the set-up, those in `finally` are the
+    cleanup, and the block runs at the `yield`. Here the generator uses the class, and logs.
     """
     show_code(timed_by_hand)
     question(_("`work` runs twice and raises the second time. How many runs are measured?"))
     seconds: list[float] = []
     show_code(timed_by_hand, runs=both(partial(timed_by_hand, seconds)))
-    verdict(len(seconds) == 2, _("By hand, {n} of 2 runs are measured.").format(n=len(seconds)))
+    verdict(len(seconds) == 2, _("Measured by hand: {n} of 2 runs.").format(n=len(seconds)))
     timers: list[Timer] = []
-    runs = both(partial(timed_block, Timer, timers))
-    show_code(timed_block, Timer.__enter__, Timer.__exit__, runs=runs)
-    runs = both(partial(timed_block, partial(timer, "work"), timers))
-    show_code(timed_block, timer, runs=runs)
-    measured = sum(timed.elapsed == timed.elapsed for timed in timers)  # or it still runs
-    result = _("By class and by generator, {n} of 4 runs are measured.")
-    verdict(measured == 4, result.format(n=measured))
+    runs = both(partial(timed_block, timers))
+    show_code(timed_block, timer, Timer.__enter__, Timer.__exit__, runs=runs)
+    stopped = [timed for timed in timers if timed._stopped is not None]
+    verdict(len(stopped) == 2, _("Measured by the timer: {n} of 2 runs.").format(n=len(stopped)))
     say(_("In `timed_by_hand`, add `try` and `finally`, and run demo 2 again."), "→ ")
 
 
@@ -411,13 +419,9 @@ def careful_lock(path: Path) -> Iterator[None]:
         path.unlink()
 
 
-def outcome(make_manager: Callable[[], Any], fails: bool) -> str:
-    """Return what comes out of a block that ends well, or fails."""
-    try:
-        with make_manager():
-            work(fails)
-    except Exception as error:
-        return type(error).__name__
+def use(make_manager: Callable[[], Any], fails: bool) -> str:
+    with make_manager():
+        work(fails)
     return _("no error")
 
 
@@ -425,20 +429,20 @@ def demo_missing_finally() -> None:
     """The missing `finally`
 
     If the block raises, the exception comes out of `yield`, inside the generator. Without `try`
-    and `finally`, the lines below `yield` do not run: the lock file stays and locks out the next
-    run. A test in which nothing fails does not notice.
+    and `finally`, the lines below `yield` do not run: the lock file stays and blocks the next
+    run. A test in which nothing fails still passes.
     """
-    show_code(careless_lock, careful_lock)
+    show_code(careless_lock)
     question(_("The block raises. Which line never runs, and what happens to the next run?"))
     for lock in (careless_lock, careful_lock):
         with tempfile.TemporaryDirectory() as folder:
             make_lock = partial(lock, Path(folder, "report.lock"))
-            show_code(lock, runs=both(partial(outcome, make_lock)))
+            show_code(lock, runs=both(partial(use, make_lock)))
             left = os.listdir(folder)
-            next_run = outcome(make_lock, fails=False)
+            next_run = outcome(partial(use, make_lock, fails=False))
         result = _("Left in the folder: {left}. The next run: {next_run}.")
         verdict(not left, result.format(left=left, next_run=next_run))
-    say(_("In `careful_lock`, delete `try:` and `finally:`, and run demo 3 again."), "→ ")
+    say(_("In `careless_lock`, add `try` and `finally`, and run demo 3 again."), "→ ")
 
 
 @contextmanager
@@ -454,8 +458,9 @@ def careless_config(config: Any, **changes: Any) -> Iterator[None]:
 def demo_temporary_config() -> None:
     """A configuration, changed for one block
 
-    To restore an old value is the easy half. A key that was absent must be absent again. Many
-    versions leave it behind as None, and `os.environ` does not even accept None.
+    Restoring an old value is the easy half. A key that was absent must be absent again; a
+    common mistake leaves it behind as None. `temporary_config` puts one callback for each key
+    on an `ExitStack`, which calls them all when its block ends, the last one first.
     """
     show_code(careless_config)
     question(_("`model` is set before the block, `debug` is not. What are both afterwards?"))
@@ -464,7 +469,7 @@ def demo_temporary_config() -> None:
         settings = {"model": "gpt-4o-mini"}
         with trace() as path, manager(settings, model="gpt-4o", debug="on"):
             say(_("In the block: {settings}").format(settings=settings))
-        show_code(manager, runs={_("one run"): path})
+        show_code(manager, runs={_("ends well"): path})
         verdict("debug" not in settings, _("Afterwards: {settings}").format(settings=settings))
     say(_("In `temporary_config`, delete `else:` and the line below, and run demo 4 again."), "→ ")
 
@@ -477,44 +482,55 @@ class Batch(list[int]):
         return len(self)
 
 
-def load(batch: Batch, words: str) -> None:
+def load(batch: Batch, words: str) -> str:
     with batch:
         for word in words.split():
             batch.append(int(word))
-    say(_("{words}: loaded {batch}").format(words=words, batch=batch))
+    return f"loaded {batch}"
+
+
+def discard(path: str) -> str:
+    with bracket(f"discard({path!r})") as scope, suppress(FileNotFoundError), scope:
+        os.remove(path)
+    return _("no error")
 
 
 def demo_suppressing() -> None:
     """Suppressing an exception, by mistake and on purpose
 
-    If `__exit__` returns a true value, the exception is gone. `Batch` returns its number of
-    rows, and so hides every error after the first row. To suppress on purpose, use `suppress`:
-    it names the exceptions that may be ignored.
+    If `__exit__` returns a true value, the exception is gone. `Batch.__exit__` returns the
+    number of rows, so it hides every error after the first row. To suppress on purpose, use
+    `suppress`, and name the exceptions to ignore.
     """
-    show_code(Batch.__exit__, load)
+    show_code(load, Batch.__exit__)
     question(_("One run loads `1 3`, the other `1 two 3`. Does the second one raise?"))
-    with trace() as good:
-        load(Batch(), "1 3")
-    with trace() as bad:
-        load(Batch(), "1 two 3")
-    show_code(load, Batch.__exit__, runs={"1 3": good, "1 two 3": bad})
-    with bracket("with Batch()") as scope, Batch() as batch, scope:
-        batch.extend(int(word) for word in ("1", "two", "3"))
-    verdict(len(batch) == 3, _("{n} of 3 rows, and nobody sees an error.").format(n=len(batch)))
-    console.print()
-    with bracket("with suppress(FileNotFoundError)") as scope, suppress(FileNotFoundError), scope:
-        os.remove("no such file")
-    verdict(not os.path.exists("no such file"), _("The file is gone: that is all we wanted."))
+    runs, results = {}, []
+    for words in ("1 3", "1 two 3"):
+        with trace() as runs[words]:
+            results.append(outcome(partial(load, Batch(), words)))
+    show_code(load, Batch.__exit__, runs=runs)
+    verdict(results[1] == "ValueError", _("`1 3`: {}; `1 two 3`: {}.").format(*results))
+    missing, directory = (outcome(partial(discard, path)) for path in ("no such file", "."))
+    result = _("A missing file: {missing}; a directory: {directory}.")
+    verdict(directory != missing, result.format(missing=missing, directory=directory))
     say(_("Let `Batch.__exit__` return None, and run demo 5 again."), "→ ")
+
+
+class CarelessManager(GeneratorManager[T]):
+    def __exit__(self, *exc_info: object) -> Literal[False]:
+        next(self.generator, None)
+        return False
+
+
+def catches() -> Generator[None, None, None]:
+    try:
+        yield
+    except ValueError:
+        pass
 
 
 def passes_on() -> Generator[None, None, None]:
     yield
-
-
-def catches() -> Generator[None, None, None]:
-    with suppress(ValueError):
-        yield
 
 
 def demo_from_scratch() -> None:
@@ -524,23 +540,23 @@ def demo_from_scratch() -> None:
     exception at that `yield`. Then the generator decides: if it ends, the exception is
     suppressed; if it raises, the caller sees what it raises.
     """
-    show_code(catches, passes_on)
-    verdict(False, _("Without a decorator: {error}.").format(error=outcome(catches, fails=True)))
-    question(_("The block raises. `catches` ends, `passes_on` does not. What comes out of each?"))
-    runs, results = {}, []
-    for function in (catches, passes_on):
-        with trace() as runs[function.__name__]:
-            results.append(outcome(contextmanager_from_scratch(function), fails=True))
-    show_code(GeneratorManager.__enter__, GeneratorManager.__exit__, runs=runs)
-    expected = [outcome(contextmanager(function), fails=True) for function in (catches, passes_on)]
-    result = _("`catches`: {}; `passes_on`: {}. With `contextlib` it is the same.")
-    verdict(results == expected, result.format(*results))
-    say(_("In `__exit__`, return False after StopIteration, and run demo 6 again."), "→ ")
+    show_code(CarelessManager.__exit__, catches)
+    question(_("The block raises ValueError. Does `catches` ever see it?"))
+    expected = [outcome(partial(use, contextmanager(g), True)) for g in (catches, passes_on)]
+    for manager in (CarelessManager, GeneratorManager):
+        runs, results = {}, []
+        for generator in (catches, passes_on):
+            with trace() as runs[generator.__name__]:
+                results.append(outcome(partial(use, partial(manager, generator()), True)))
+        show_code(manager.__exit__, catches, passes_on, runs=runs)
+        result = _("`catches`: {}; `passes_on`: {}; with contextlib: {}; {}.")
+        verdict(results == expected, result.format(*results, *expected))
+    say(_("In `GeneratorManager`, let `__exit__` return False, and run demo 6 again."), "→ ")
 
 
 def save(opened: Any, path: Path, fails: bool) -> None:
     with opened(path, "w") as file:
-        file.write("new ")
+        file.write("second " if fails else "first ")
         work(fails)
         file.write("report")
 
@@ -550,8 +566,6 @@ def demo_file() -> None:
 
     `open(path, "w")` empties the file first. If the block then fails, the old report is lost
     and half of the new one remains. `atomic_write` writes a draft, and renames it at the end.
-    Deleting the draft is harmless even if there is none, so `open_draft` stands inside the
-    `try`: Ctrl-C between the two would leave the draft behind.
     """
     show_code(save)
     question(_("The first run writes a report, the second run fails. What is in the file then?"))
@@ -559,10 +573,9 @@ def demo_file() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "report.txt")
             show_code(*pieces, runs=both(partial(save, opened, path)))
-            text, names = path.read_text(), os.listdir(folder)
-        result = _("`{opened}`: the file holds {text!r}, the folder {names}.")
-        result = result.format(opened=opened.__name__, text=text, names=names)
-        verdict((text, names) == ("new report", ["report.txt"]), result)
+            files = {file.name: file.read_text() for file in Path(folder).iterdir()}
+        result = _("`{opened}` leaves {files}.").format(opened=opened.__name__, files=files)
+        verdict(files == {"report.txt": "first report"}, result)
     say(_("In `atomic_write`, delete the line with `os.replace`, and run demo 7 again."), "→ ")
 
 
@@ -576,9 +589,9 @@ def transfer(block: Any, bank: sqlite3.Connection, fails: bool) -> None:
 def demo_database() -> None:
     """A database, all or nothing
 
-    A transfer takes two statements. If the program fails between them, 50 dollars are gone,
-    unless both belong to one transaction. The ROLLBACK runs only if a transaction is open, so
-    BEGIN stands inside the `try`: Ctrl-C may arrive when BEGIN has just got its lock.
+    A transfer takes two statements. In autocommit mode, each is committed on its own: if the
+    program fails between them, 50 dollars are gone. In a transaction, both count or neither.
+    (`nullcontext` is a manager that does nothing.)
     """
     show_code(transfer)
     question(_("Ada has 100, Bob has 0. The second of two transfers fails. Who has what then?"))
@@ -590,7 +603,7 @@ def demo_database() -> None:
         result = _("`{block}`: Ada has {ada}, Bob has {bob}; {total} of 100 are left.")
         result = result.format(block=block.__name__, ada=ada, bob=bob, total=ada + bob)
         verdict(ada + bob == 100, result)
-    say(_("In `transaction`, delete the last three lines, and run demo 8 again."), "→ ")
+    say(_("In `transaction`, replace `ROLLBACK` by `COMMIT`, and run demo 8 again."), "→ ")
 
 
 @contextmanager
@@ -620,37 +633,41 @@ def demo_kill() -> None:
     """What no cleanup survives
 
     A `finally` is Python code: it runs only while the interpreter lives. An exception unwinds
-    the block, and so does Ctrl-C. A signal that kills the process does not, and neither does
-    `os._exit`. What they leave half done must be harmless, as the draft of demo 7 is.
+    the block, and so does Ctrl-C (SIGINT). A signal that kills the process does not, and neither
+    does `os._exit`. So a leftover must be harmless, like the draft of `atomic_write`. (A
+    negative exit status is the number of the signal that killed the process.)
     """
     show_code(draft)
     question(
         _("A child process ends inside a `draft` block, in five ways. Which of them clean up?")
     )
     table = Table(_("the block runs"), _("exit status"), _("left in the folder"))
-    cleaned_up = 0
+    survived = []
     for ending in ENDINGS:
         program = IMPORTS + inspect.getsource(draft) + f"with draft('report.draft'): {ending}"
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-ISc", program]
             child = subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False)
             left = os.listdir(folder)
-        cleaned_up += not left
         table.add_row(ending, str(child.returncode), ", ".join(left))
+        if not left:
+            survived.append(ending)
     console.print(table)
-    verdict(cleaned_up == 5, _("{n} of 5 ways clean up.").format(n=cleaned_up))
-    say(_("Add an exception such as `1 / 0` to `ENDINGS`, and run demo 9 again."), "→ ")
+    counts = {"n": len(survived), "all": len(ENDINGS)}
+    verdict(survived == list(ENDINGS), _("{n} of {all} ways clean up.").format(**counts))
+    handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))"
+    say(_("To `IMPORTS`, add `{handler}`, and run demo 9 again.").format(handler=handler), "→ ")
 
 
 def demo_toolbox() -> None:
     """The toolbox of the standard library
 
-    Look here before you write a manager of your own: `contextlib` has one for each of these.
+    Look into `contextlib` before you write a manager of your own.
     """
-    table = Table("contextlib", _("use it if"))
+    table = Table(Column("contextlib", overflow="fold"), _("use it if"))
     for code, when in (
-        ("with closing(connection):", _("an object has `close()` but no `__exit__`")),
-        ("with suppress(FileNotFoundError):", _("an error means that there is nothing to do")),
+        ("with closing(connection):", _("the block should end with `close()`")),
+        ("with suppress(FileNotFoundError):", _("an exception means that all is well")),
         ("with redirect_stdout(file):", _("code prints what you want to keep")),
         ("with chdir(folder):", _("code works in the current directory")),
         ("with nullcontext(sys.stdout):", _("sometimes there is nothing to clean up")),
@@ -675,10 +692,10 @@ DEMOS = (
 )
 KEY_POINTS = """\
 * Put cleanup into `finally` or `__exit__`. An exception in the block comes out of `yield`.
-* Acquire before the `try`. If releasing twice does no harm, acquire inside it.
+* Acquire before the `try`. Acquire inside it only if cleanup is harmless without a resource.
 * Restore what was there, and remove what was not there before.
 * Return a true value from `__exit__` only if you mean to suppress the exception.
-* No `finally` runs after SIGKILL or a power cut, so a half must be harmless."""
+* No `finally` runs after SIGKILL or a power cut: make sure that a leftover does no harm."""
 
 
 @contextmanager
@@ -687,7 +704,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     yield parser.parse_args()
 
 
-# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+# --- The stage: it prints the demos. The same in every script; you can skip it. ---
 
 LOCALE = Path(__file__).parent / "locale"
 _ = gettext.translation("workshop", LOCALE, fallback=True).gettext
@@ -696,8 +713,8 @@ open_brackets: list[bracket] = []
 stepping = False  # --step
 WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
 OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
-# A line may break after a space, and beside a wide character that no punctuation clings to.
-BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+# What a line never splits: a word or a wide character, and the punctuation that clings to it.
+PIECE = rf"[{OPENING}]*(?:[{WIDE}]|[^ {WIDE}]+(?<![{OPENING}])|[^ ])[{CLOSING}]* *"
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -708,7 +725,7 @@ def wrap(text: str, width: int) -> list[str]:
             lines += [*paragraph.split("\n"), ""]
             continue
         line = ""
-        for piece in re.split(BREAK, " ".join(paragraph.split())):
+        for piece in re.findall(PIECE, " ".join(paragraph.split())):
             for part in chop_cells(piece, width):
                 if cell_len(line + part.rstrip()) > width:
                     lines.append(line.rstrip())
@@ -727,7 +744,7 @@ def say(text: str, mark: str = "", style: str = "") -> None:
 
 
 def verdict(holds: bool, text: str) -> None:
-    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    """Print the result of the runs: ✓ if it is right, ✗ if something was lost."""
     say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
     say("")
 
@@ -740,7 +757,7 @@ def question(text: str) -> None:
 
 
 def pause() -> None:
-    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    """With --step, wait for Enter. At the end of the input, stop waiting for it."""
     global stepping
     if not stepping:
         return
@@ -748,7 +765,7 @@ def pause() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         input(_("  Press Enter to continue: "))
-    except EOFError:
+    except (EOFError, RuntimeError):  # the latter: there is no input at all
         stepping = False
     finally:
         signal.signal(signal.SIGINT, before)
@@ -762,10 +779,11 @@ class bracket:
     """
 
     def __init__(self, label: str) -> None:
-        self.label, self.depth, self.suppressed = label, 0, ""
+        self.label, self.depth, self.error = label, 0, ""
 
     def __enter__(self) -> Self:
         if self.depth == 0:
+            self.error = ""
             say(self.label, "┌ ")
             open_brackets.append(self)
         self.depth += 1
@@ -773,20 +791,19 @@ class bracket:
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
         self.depth -= 1
-        error = exc_type.__name__ if exc_type else ""
-        if self.depth > 0:
-            self.suppressed = error  # unless the outer exit sees it, too
-            return
-        ending = _("left by {error}") if error else _("ended")
-        if self.suppressed and not error:
-            ending = _("left by {error}, suppressed")
-        open_brackets.remove(self)
-        say(ending.format(error=error or self.suppressed), "└ ")
+        if exc_type:
+            self.error = exc_type.__name__
+        if self.depth == 0:
+            ending = _("left by {error}, suppressed") if self.error else _("ended")
+            if exc_type:
+                ending = _("left by {error}")
+            open_brackets.remove(self)
+            say(ending.format(error=self.error), "└ ")
 
 
 @contextmanager
 def trace() -> Iterator[list[int]]:
-    """Record which lines of this file run in the block, in their order."""
+    """Record the lines of this file's functions that the block runs in this thread, in order."""
     lines: list[int] = []
     last: dict[int, int] = {}  # the line that each frame has reached
 
@@ -809,7 +826,7 @@ def trace() -> Iterator[list[int]]:
 def source(piece: Any) -> list[tuple[int, str]]:
     """Return the numbered lines of a function or class, without docstring and comments."""
     lines, first = inspect.getsourcelines(piece)
-    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines))).splitlines()
     numbered = list(enumerate(code, first))
     if piece.__doc__:
         start = next(i for i, line in enumerate(code) if '"""' in line)
@@ -817,22 +834,27 @@ def source(piece: Any) -> list[tuple[int, str]]:
     return [(number, line) for number, line in numbered if line]
 
 
+def places(number: int, path: list[int]) -> str:
+    """Return where a line comes in a path, such as "2 4"."""
+    return " ".join(str(place) for place, line in enumerate(path, 1) if line == number)
+
+
 def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
     """Print code and the path that ran: a column for each run, with the order of its lines."""
     runs = runs or {}
-    columns = [Column(title, justify="center") for title in runs]
+    python = Syntax("", "python", theme="ansi_dark")
     heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
-    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    columns = [heading, *(Column(title, justify="center") for title in runs)]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
     sources = [source(piece) for piece in pieces]
     shown = {number for lines in sources for number, _text in lines}
     paths = [[number for number in run if number in shown] for run in runs.values()]
     for lines in sources:
         for number, text in lines:
-            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code = python.highlight(text)
             code.rstrip()
             code.no_wrap = False
-            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
-            table.add_row(code, *(" ".join(order) for order in orders))
+            table.add_row(code, *(places(number, path) for path in paths))
         if lines is not sources[-1]:
             table.add_row()
     console.print(table, "")

@@ -681,7 +681,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
         parser.exit(1, f"{parser.prog}: {default_model} did not answer: {error}\n")
 
 
-# --- The stage: it shows what stands above. The same in every script, and no part of a lesson. ---
+# --- The stage: it prints the demos. The same in every script; you can skip it. ---
 
 LOCALE = Path(__file__).parent / "locale"
 _ = gettext.translation("workshop", LOCALE, fallback=True).gettext
@@ -690,8 +690,8 @@ open_brackets: list[bracket] = []
 stepping = False  # --step
 WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
 OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
-# A line may break after a space, and beside a wide character that no punctuation clings to.
-BREAK = rf"(?<= )(?=[^ ])|(?<![ {OPENING}])(?![ {CLOSING}])(?:(?<=[{WIDE}])|(?=[{WIDE}]))"
+# What a line never splits: a word or a wide character, and the punctuation that clings to it.
+PIECE = rf"[{OPENING}]*(?:[{WIDE}]|[^ {WIDE}]+(?<![{OPENING}])|[^ ])[{CLOSING}]* *"
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -702,7 +702,7 @@ def wrap(text: str, width: int) -> list[str]:
             lines += [*paragraph.split("\n"), ""]
             continue
         line = ""
-        for piece in re.split(BREAK, " ".join(paragraph.split())):
+        for piece in re.findall(PIECE, " ".join(paragraph.split())):
             for part in chop_cells(piece, width):
                 if cell_len(line + part.rstrip()) > width:
                     lines.append(line.rstrip())
@@ -721,9 +721,9 @@ def say(text: str, mark: str = "", style: str = "") -> None:
 
 
 def verdict(holds: bool, text: str) -> None:
-    """Say what the runs have shown: ✓ if it is what we want, ✗ if something was lost."""
+    """Print the result of the runs: ✓ if it is right, ✗ if something was lost."""
     say(text, "✓ " if holds else "✗ ", "green" if holds else "red")
-    console.print()
+    say("")
 
 
 def question(text: str) -> None:
@@ -734,7 +734,7 @@ def question(text: str) -> None:
 
 
 def pause() -> None:
-    """With --step, wait for Enter. At the end of the input, stop waiting."""
+    """With --step, wait for Enter. At the end of the input, stop waiting for it."""
     global stepping
     if not stepping:
         return
@@ -742,7 +742,7 @@ def pause() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         input(_("  Press Enter to continue: "))
-    except EOFError:
+    except (EOFError, RuntimeError):  # the latter: there is no input at all
         stepping = False
     finally:
         signal.signal(signal.SIGINT, before)
@@ -756,10 +756,11 @@ class bracket:
     """
 
     def __init__(self, label: str) -> None:
-        self.label, self.depth, self.suppressed = label, 0, ""
+        self.label, self.depth, self.error = label, 0, ""
 
     def __enter__(self) -> Self:
         if self.depth == 0:
+            self.error = ""
             say(self.label, "┌ ")
             open_brackets.append(self)
         self.depth += 1
@@ -767,20 +768,19 @@ class bracket:
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
         self.depth -= 1
-        error = exc_type.__name__ if exc_type else ""
-        if self.depth > 0:
-            self.suppressed = error  # unless the outer exit sees it, too
-            return
-        ending = _("left by {error}") if error else _("ended")
-        if self.suppressed and not error:
-            ending = _("left by {error}, suppressed")
-        open_brackets.remove(self)
-        say(ending.format(error=error or self.suppressed), "└ ")
+        if exc_type:
+            self.error = exc_type.__name__
+        if self.depth == 0:
+            ending = _("left by {error}, suppressed") if self.error else _("ended")
+            if exc_type:
+                ending = _("left by {error}")
+            open_brackets.remove(self)
+            say(ending.format(error=self.error), "└ ")
 
 
 @contextmanager
 def trace() -> Iterator[list[int]]:
-    """Record which lines of this file run in the block, in their order."""
+    """Record the lines of this file's functions that the block runs in this thread, in order."""
     lines: list[int] = []
     last: dict[int, int] = {}  # the line that each frame has reached
 
@@ -803,7 +803,7 @@ def trace() -> Iterator[list[int]]:
 def source(piece: Any) -> list[tuple[int, str]]:
     """Return the numbered lines of a function or class, without docstring and comments."""
     lines, first = inspect.getsourcelines(piece)
-    code = re.sub(r" *#.*", "", textwrap.dedent("".join(lines))).splitlines()
+    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines))).splitlines()
     numbered = list(enumerate(code, first))
     if piece.__doc__:
         start = next(i for i, line in enumerate(code) if '"""' in line)
@@ -811,22 +811,27 @@ def source(piece: Any) -> list[tuple[int, str]]:
     return [(number, line) for number, line in numbered if line]
 
 
+def places(number: int, path: list[int]) -> str:
+    """Return where a line comes in a path, such as "2 4"."""
+    return " ".join(str(place) for place, line in enumerate(path, 1) if line == number)
+
+
 def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
     """Print code and the path that ran: a column for each run, with the order of its lines."""
     runs = runs or {}
-    columns = [Column(title, justify="center") for title in runs]
+    python = Syntax("", "python", theme="ansi_dark")
     heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
-    table = Table(heading, *columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    columns = [heading, *(Column(title, justify="center") for title in runs)]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
     sources = [source(piece) for piece in pieces]
     shown = {number for lines in sources for number, _text in lines}
     paths = [[number for number in run if number in shown] for run in runs.values()]
     for lines in sources:
         for number, text in lines:
-            code = Syntax("", "python", theme="ansi_dark").highlight(text)
+            code = python.highlight(text)
             code.rstrip()
             code.no_wrap = False
-            orders = ([str(n) for n, ran in enumerate(path, 1) if ran == number] for path in paths)
-            table.add_row(code, *(" ".join(order) for order in orders))
+            table.add_row(code, *(places(number, path) for path in paths))
         if lines is not sources[-1]:
             table.add_row()
     console.print(table, "")

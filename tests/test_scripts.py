@@ -429,7 +429,8 @@ def test_the_help_of_every_script_is_translated() -> None:
     pages = helped.stdout.split("\f")[1:]
     assert len(pages) == len(SCRIPTS)
     for page in pages:
-        prose = [line for line in page.splitlines() if line and not line.startswith(" ")]
+        _usage, *lines = page.splitlines()
+        prose = [line for line in lines if line and not line.startswith(" ")]
         assert [line for line in prose if not CHINESE.search(line)] == []
         assert max(map(cell_len, prose)) <= WIDTH
 

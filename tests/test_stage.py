@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,7 +81,7 @@ def badly_wrapped(line: str, rest: str, width: int) -> str:
         return "the next line begins with closing punctuation"
     if OPENING.search(line):
         return "it ends with opening punctuation"
-    word = re.split(stage.BREAK, rest.lstrip())[0] or re.split(stage.BREAK, rest.lstrip())[1]
+    word = re.findall(stage.PIECE, rest.lstrip())[0]
     gap = " " if rest.startswith(" ") else ""
     if cell_len(line + gap + word.rstrip()) <= width:
         return f"{word!r} would fit"
@@ -152,8 +153,25 @@ def test_a_bracket_tells_a_suppressed_error_from_one_that_passed(
         raise ValueError
     with suppress(ValueError), stage.bracket("loud") as scope, suppress(KeyError), scope:
         raise ValueError
+    with scope:
+        pass
     endings = [line for line in capsys.readouterr().out.splitlines() if line[0] == "└"]
-    assert endings == ["└ left by ValueError, suppressed", "└ left by ValueError"]
+    assert endings == ["└ left by ValueError, suppressed", "└ left by ValueError", "└ ended"]
+
+
+def test_brackets_that_overlap_close_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = stage.bracket("first"), stage.bracket("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None)
+    stage.say("still in the second")
+    second.__exit__(None)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "│ └ ended",
+        "│ still in the second",
+        "└ ended",
+    ]
+    assert stage.open_brackets == []
 
 
 # --- The path that ran ---
@@ -194,7 +212,7 @@ def lock(log):
     """A docstring.
 
     It is not shown."""
-    log.append("set-up")  # nor is a comment
+    log.append("#1")  # nor is a comment
     yield
     log.append("cleanup")
 
@@ -320,7 +338,7 @@ def test_a_line_that_never_ran_has_no_number(
     assert shown(chapter, capsys, chapter.lock, ends=ends, raises=raises)[1:] == [
         "@contextmanager",
         "def lock(log):",
-        'log.append("set-up") 1 1',
+        'log.append("#1") 1 1',
         "yield 2 2",
         'log.append("cleanup") 3',
     ]
@@ -423,7 +441,15 @@ def test_at_the_end_of_its_input_step_goes_on_without_waiting(script: Path) -> N
     assert "in a task" in ended.stdout
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def wait_until_it_reads(pid: int) -> None:
+    """Wait until a process sleeps: a signal a moment earlier would not interrupt its `read`."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("demo", ["1", "2"])
 def test_ctrl_c_while_step_waits_ends_with_status_130(script: Path, demo: str) -> None:
     command = [sys.executable, "-u", script, "--step", demo]
@@ -433,10 +459,39 @@ def test_ctrl_c_while_step_waits_ends_with_status_130(script: Path, demo: str) -
         seen = ""
         while not seen.endswith(PROMPT):
             seen += process.stdout.read(1)
+        wait_until_it_reads(process.pid)
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "")
-    assert "Interrupted." in rest
+        # subtle: communicate() would close its input, and that, too, ends the waiting.
+        assert process.wait(timeout=60) == 130
+        assert "Interrupted." in process.stdout.read()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_without_any_input_step_goes_on_without_waiting(script: Path) -> None:
+    command = ["sh", "-c", 'exec "$0" "$1" --step <&-', sys.executable, script]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("error", [None, EOFError, KeyboardInterrupt])
+def test_pause_restores_the_handler_of_ctrl_c(
+    error: Any, chapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(_prompt: str) -> str:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if error:
+            raise error
+        return ""
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(chapter, "stepping", True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with suppress(KeyboardInterrupt):
+            chapter.pause()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_wrong_command_line_ends_with_status_2_and_no_traceback(script: Path) -> None:
