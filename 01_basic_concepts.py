@@ -363,7 +363,8 @@ def demo_with() -> None:
             recorder = Recorder()
             with suppress(ValueError), trace() as runs[title]:
                 function(recorder, way)
-            say(f"{title}: {' → '.join(recorder.calls)}")
+            calls = " → ".join(recorder.calls)
+            say(_("{run}: {calls}").format(run=title, calls=calls))
             exits += len(recorder.calls[1:])
         show_code(function, runs=runs)
         result = _("`{function}` called `__exit__` in {exits} of 3 runs.")
@@ -549,7 +550,7 @@ def demo_from_scratch() -> None:
             with trace() as runs[generator.__name__]:
                 results.append(outcome(partial(use, partial(manager, generator()), True)))
         show_code(manager.__exit__, catches, passes_on, runs=runs)
-        result = _("`catches`: {}; `passes_on`: {}; with contextlib: {}; {}.")
+        result = _("Ours: `catches` {}, `passes_on` {}. contextlib: `catches` {}, `passes_on` {}.")
         verdict(results == expected, result.format(*results, *expected))
     say(_("In `GeneratorManager`, let `__exit__` return False, and run demo 6 again."), "→ ")
 
@@ -635,7 +636,7 @@ def demo_kill() -> None:
     A `finally` is Python code: it runs only while the interpreter lives. An exception unwinds
     the block, and so does Ctrl-C (SIGINT). A signal that kills the process does not, and neither
     does `os._exit`. So a leftover must be harmless, like the draft of `atomic_write`. (A
-    negative exit status is the number of the signal that killed the process.)
+    negative exit status is minus the number of the signal that killed the process.)
     """
     show_code(draft)
     question(

@@ -67,6 +67,7 @@ def interrupt_at_each_opcode(
     while True:
         nth, left, line = nth + 1, nth + 1, ""
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # subtle: 3.12 wants one before settrace
         sys.settrace(on_event)
         with suppress(KeyboardInterrupt, ValueError):
             run()
@@ -594,7 +595,7 @@ def test_ctrl_c_at_any_opcode_of_atomic_write_leaves_no_draft(tmp_path: Path, fa
         for name in drafts:
             (tmp_path / name).unlink()
 
-    assert interrupt_at_each_opcode(chapter.atomic_write, write, check) > 50
+    assert interrupt_at_each_opcode(chapter.atomic_write, write, check) > 40
 
 
 def test_a_reader_never_sees_a_part_of_a_file(tmp_path: Path) -> None:
@@ -952,8 +953,8 @@ SHOWN = {
     ],
     6: [
         "self.generator.throw(exc) 5 4 except StopIteration: 8 5 return exc is not None 9",
-        "✗ `catches`: ValueError; `passes_on`: ValueError; with contextlib: no error; ValueError.",
-        "✓ `catches`: no error; `passes_on`: ValueError; with contextlib: no error; ValueError.",
+        "✗ Ours: `catches` ValueError, `passes_on` ValueError. contextlib: `catches` no error,",
+        "✓ Ours: `catches` no error, `passes_on` ValueError. contextlib: `catches` no error,",
     ],
     7: [
         "os.replace(draft, target) 16 finally: draft.unlink(missing_ok=True) 17 13",

@@ -63,7 +63,7 @@ def test_the_example_of_the_contract_accepts_a_careful_pool_and_rejects_a_carele
     for careful in (True, False):
         names: dict[str, Any] = {"pool": Pool(careful)}
         exec(fence("python"), names)
-        verdicts[careful] = [held(names["test_a_connection_is_given_back"], way) for way in PLAIN]
+        verdicts[careful] = [held(names["test_the_connection_is_released"], way) for way in PLAIN]
     assert verdicts[True] == [True] * len(PLAIN)
     assert verdicts[False][0]  # the way through works: only the ways out show the fault
     assert not any(verdicts[False][1:])

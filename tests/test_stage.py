@@ -452,7 +452,7 @@ def wait_until_it_reads(pid: int) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("demo", ["1", "2"])
 def test_ctrl_c_while_step_waits_ends_with_status_130(script: Path, demo: str) -> None:
-    command = [sys.executable, "-u", script, "--step", demo]
+    command = [sys.executable, "-u", str(script), "--step", demo]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
@@ -468,7 +468,7 @@ def test_ctrl_c_while_step_waits_ends_with_status_130(script: Path, demo: str) -
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 def test_without_any_input_step_goes_on_without_waiting(script: Path) -> None:
-    command = ["sh", "-c", 'exec "$0" "$1" --step <&-', sys.executable, script]
+    command = ["sh", "-c", 'exec "$0" "$1" --step <&-', sys.executable, str(script)]
     ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 
