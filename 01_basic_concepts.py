@@ -221,7 +221,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Commit what the block did to the database, or roll all of it back if the block raises.
 
     Leave commit and rollback to the manager. `commit()`, `executescript()` and `with connection:`
-    inside the block commit what came before them; if the block then ends well, RuntimeError.
+    inside the block commit what came before them, and the manager then raises RuntimeError.
     Raises RuntimeError if a transaction is already open, or if the connection has an `autocommit`
     setting. Raises sqlite3.OperationalError if another connection keeps a lock past the timeout.
     """
