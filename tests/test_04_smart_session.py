@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import inspect
 import json
-import logging
-import os
 import re
-import sqlite3
-import subprocess
 import sys
 import threading
+import time
 import tracemalloc
-import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, closing, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from decimal import Decimal
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, cast
+from itertools import count
+from typing import Any
 
 import httpx2
 import openai
@@ -32,10 +27,12 @@ from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way
 
 chapter = load_chapter(4)
 smart_session, current_session = chapter.smart_session, chapter.current_session
-ask, ask_async = chapter.ask, chapter.ask_async
+ask, ask_async, isolated = chapter.ask, chapter.ask_async, chapter.isolated
 recording_client, async_recording_client = chapter.recording_client, chapter.async_recording_client
-SessionClosedError = chapter.SessionClosedError
+SessionClosedError, ReplyError, Call = chapter.SessionClosedError, chapter.ReplyError, chapter.Call
 
+Handler = Callable[[httpx2.Request], Any]
+OFFLINE: Any = {"api_key": "offline", "base_url": "http://offline/v1"}
 NO_RETRY_DELAY = {"retry-after-ms": "1"}
 
 
@@ -43,27 +40,22 @@ def completion(
     prompt_tokens: int = 3, completion_tokens: int = 2, model: str = "gpt-4o-mini", **details: Any
 ) -> dict[str, Any]:
     """A reply as Chat Completions gives it."""
-    message = {"role": "assistant", "content": "yes"}
-    usage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        **details,
-    }
-    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-    return {"id": "1", "created": 0, "model": model, "choices": choices, "usage": usage}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, **details}
+    usage["total_tokens"] = prompt_tokens + completion_tokens
+    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": "yes"}}
+    return {"id": "1", "created": 0, "model": model, "choices": [choice], "usage": usage}
 
 
-def client_that(handler: Callable[[httpx2.Request], httpx2.Response], **options: Any) -> Any:
-    return recording_client(httpx2.MockTransport(handler), **options)
-
-
-def async_client_that(handler: Any, **options: Any) -> Any:
-    return async_recording_client(httpx2.MockTransport(handler), **options)
-
-
-def answering(**reply: Any) -> Callable[[httpx2.Request], httpx2.Response]:
+def answering(**reply: Any) -> Handler:
     return lambda request: httpx2.Response(200, json=completion(**reply))
+
+
+def client_that(handler: Handler, **options: Any) -> Any:
+    return recording_client(httpx2.MockTransport(handler), **OFFLINE, **options)
+
+
+def async_client_that(handler: Handler, **options: Any) -> Any:
+    return async_recording_client(httpx2.MockTransport(handler), **OFFLINE, **options)
 
 
 def chat(client: Any, **options: Any) -> Any:
@@ -71,113 +63,51 @@ def chat(client: Any, **options: Any) -> Any:
     return client.chat.completions.create(model="gpt-4o-mini", messages=messages, **options)
 
 
-def paths(calls: list[Any]) -> list[str]:
-    return [call.path for call in calls]
+@contextmanager
+def asking_session(name: str, handler: Handler | None = None, **options: Any) -> Iterator[Any]:
+    """Open a session with a client for `ask`."""
+    with (
+        client_that(handler or answering()) as client,
+        smart_session(name, client=client, **options) as session,
+    ):
+        yield session
 
 
-def ticking(step: float = 1.0) -> Callable[[], float]:
-    """A clock that is `step` seconds later at each reading."""
-    readings = iter(range(1_000_000))
-    return lambda: next(readings) * step
+def ticking() -> Callable[[], float]:
+    """Return a clock that is a second later at each reading."""
+    return partial(next, map(float, count()))
 
 
 # --- The current session ---
 
 
 def test_a_call_is_recorded_in_the_innermost_session() -> None:
-    with smart_session("outer") as outer:
+    with asking_session("outer", chapter.stand_in) as outer:
         ask("one")
         with smart_session("inner") as inner:
-            ask("two")
+            ask("two words")
             assert current_session() is inner
         assert current_session() is outer
-        ask("three")
+        ask("now three words")
     assert current_session() is None
-    assert (len(outer.calls), len(inner.calls)) == (2, 1)
+    assert (inner.parent, outer.parent, outer.children) == (outer, None, [inner])
+    assert [call.usage.input_tokens for call in outer.calls] == [1, 3]
+    assert [call.usage.input_tokens for call in outer.all_calls()] == [1, 2, 3]
+    assert outer.cost == sum(call.cost for call in outer.all_calls()) > inner.cost > 0
 
 
-def test_all_calls_rolls_up_the_nested_sessions() -> None:
-    with smart_session("outer") as outer:
-        with smart_session("first"):
+def test_a_nested_session_uses_the_model_and_client_around_it() -> None:
+    with asking_session("outer", chapter.stand_in, model="gpt-4o") as outer:
+        with smart_session("between", client=async_client_that(chapter.stand_in)):
             ask("one")
-            with smart_session("deeper"):
-                ask("two words")
-        with smart_session("second"):
-            ask("now three words")
-        ask("now these are four")
-    assert [call.usage.input_tokens for call in outer.all_calls()] == [4, 1, 2, 3]
-    assert outer.cost == sum(call.cost for call in outer.all_calls()) > 0
-
-
-def test_a_nested_session_knows_its_parent() -> None:
-    with smart_session("outer") as outer, smart_session("inner") as inner:
-        assert inner.parent is outer
-        assert outer.children == [inner]
-        assert outer.parent is None
-
-
-def test_a_nested_session_uses_its_parents_model_unless_it_has_its_own() -> None:
-    with smart_session("outer", model="gpt-4o") as outer:
-        with smart_session("inherits") as inherits:
-            ask("one")
-        with smart_session("has its own", model="gpt-4.1") as has_its_own:
-            ask("two")
-        ask("three")
-    assert inherits.calls[0].model == outer.calls[0].model == "gpt-4o"
-    assert has_its_own.calls[0].model == "gpt-4.1"
-
-
-@pytest.mark.parametrize("error", [ValueError("body"), KeyboardInterrupt(), GeneratorExit()])
-def test_an_error_leaves_the_block_as_it_is_and_restores_the_session(error: BaseException) -> None:
-    with smart_session("outer") as outer:
-        with pytest.raises(type(error)) as caught, smart_session("inner") as inner:
-            raise error
-        assert caught.value is error
-        assert current_session() is outer
-        assert inner.closed
-        assert not outer.closed
-        ask("still recorded")
-    assert len(outer.calls) == 1
-
-
-def test_a_session_entered_again_inside_itself_goes_on_recording() -> None:
-    with smart_session("same") as session:
-        with session.as_current() as again:
-            ask("one")
-        assert again is session
-        assert current_session() is session
-        ask("two")
-    assert len(session.calls) == 2
-
-
-def test_a_session_entered_again_shadows_the_one_nested_in_it() -> None:
-    with smart_session("outer") as outer, smart_session("inner") as inner:
-        with outer.as_current():
-            ask("for the outer one")
-        ask("for the inner one")
-    assert (len(outer.calls), len(inner.calls)) == (1, 1)
-
-
-def test_an_error_leaves_a_session_that_was_entered_again() -> None:
-    with smart_session("same") as session:
-        with pytest.raises(ValueError, match="body"), session.as_current():
-            raise ValueError("body")
-        assert current_session() is session
-    with suppress(ValueError), session.as_current():
-        raise ValueError
-    assert current_session() is None
-
-
-def test_a_session_entered_again_after_its_block_takes_no_calls() -> None:
-    with smart_session("done") as session:
-        pass
-    with session.as_current(), pytest.raises(SessionClosedError, match="'done' is closed"):
-        ask("too late")
-    assert session.calls == []
+            with smart_session("inner", model="gpt-4.1"):
+                asyncio.run(ask_async("two"))
+        assert not outer.client.is_closed()
+    assert [call.model for call in outer.all_calls()] == ["gpt-4o", "gpt-4.1"]
 
 
 def test_no_call_joins_a_session_that_is_being_closed() -> None:
-    class Calls(list[Any]):
+    class Entries(list[Any]):
         """A list in which an append lets another thread try to close the session first."""
 
         def append(self, call: object) -> None:
@@ -192,111 +122,92 @@ def test_no_call_joins_a_session_that_is_being_closed() -> None:
     closed = threading.Event()
     with smart_session("raced") as session:
         closing_thread = threading.Thread(target=close)
-        session.calls = Calls()
-        ask("while it closes")
+        session.entries = Entries()
+        session.record(Call("while it closes"))
         closing_thread.join()
     assert len(session.calls) == 1
 
 
-# --- Tasks ---
+# --- Tasks and threads ---
 
 
 @pytest.mark.asyncio
-async def test_children_of_gather_taskgroup_and_to_thread_record_in_the_session() -> None:
-    with smart_session("parent") as session:
-        await asyncio.gather(ask_async("one"), ask_async("two"))
-        async with asyncio.TaskGroup() as group:
-            group.create_task(ask_async("three"))
-        await asyncio.to_thread(ask, "four")
-    assert len(session.calls) == 4
+async def test_gather_taskgroup_and_to_thread_inherit_the_session() -> None:
+    with client_that(answering()) as client:
+        async with async_client_that(answering()) as async_client:
+            with smart_session("parent", client=client) as parent:
+                with smart_session("inner", client=async_client):
+                    await asyncio.gather(ask_async("one"), ask_async("two"))
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(ask_async("three"))
+                    await asyncio.to_thread(ask, "four")
+    assert len(parent.all_calls()) == 4
 
 
 @pytest.mark.asyncio
-async def test_two_concurrent_tasks_have_a_session_each() -> None:
-    both = asyncio.Barrier(2)
-
-    async def job(name: str) -> Any:
-        with smart_session(name) as session:
-            await both.wait()
-            await ask_async(name)
-            await both.wait()
-            assert current_session() is session
-        return session
-
-    with smart_session("around") as around:
-        sessions = await asyncio.gather(job("a"), job("b"))
-    assert [len(session.calls) for session in sessions] == [1, 1]
-    assert len(around.all_calls()) == 2
-    assert around.calls == []
-
-
-@pytest.mark.asyncio
-async def test_a_task_that_outlives_its_block_gets_an_error_and_sends_nothing() -> None:
+async def test_a_task_that_outlives_its_block_gets_an_error() -> None:
+    """The error comes before anything is sent, even if other code calls the client."""
     sent: list[httpx2.Request] = []
-    ended = asyncio.Event()
-
-    def handler(request: httpx2.Request) -> httpx2.Response:
-        sent.append(request)
-        return httpx2.Response(200, json=completion())
-
-    async with async_client_that(handler) as client:
-
-        async def late() -> None:
-            await ended.wait()
-            await ask_async("late", client=client)
-
-        with smart_session("block") as session:
-            task = asyncio.create_task(late())
-            await ask_async("in time", client=client)
-        ended.set()
-        with pytest.raises(SessionClosedError, match="session 'block' is closed"):
-            await task
-    assert len(sent) == len(session.calls) == 1
+    async with async_client_that(lambda request: sent.append(request)) as client:
+        with smart_session("block", client=client) as session:
+            tasks = [asyncio.create_task(ask_async("late")), asyncio.create_task(chat(client))]
+        for task in tasks:  # they start now
+            with pytest.raises(SessionClosedError, match="session 'block' is closed"):
+                await task
+    assert sent == session.calls == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.asyncio
-async def test_a_call_under_way_when_its_block_ends_is_recorded_to_its_end() -> None:
+async def test_a_call_under_way_when_its_block_ends_raises(stream: bool) -> None:
+    """The block waits for nothing and cancels nothing; the call's outcome is not recorded."""
     sent, answer = asyncio.Event(), asyncio.Event()
 
     async def handler(request: httpx2.Request) -> httpx2.Response:
         sent.set()
         await answer.wait()
+        if stream:
+            return Body(STREAM).reply(request)
         return httpx2.Response(200, json=completion())
 
+    async def read(client: Any) -> None:
+        async for _event in await chat(client, stream=True):
+            pass
+
     async with async_client_that(handler) as client:
-        with smart_session("block") as session:
-            task = asyncio.create_task(ask_async("slow", client=client))
+        with smart_session("block", client=client) as session:
+            task = asyncio.create_task(read(client) if stream else ask_async("slow"))
             await sent.wait()
-        assert [call.duration for call in session.calls] == [None]
+        assert not task.done()
         answer.set()
-        await task
-    assert session.calls[0].usage.input_tokens == 3
-    assert session.calls[0].duration is not None
+        with pytest.raises(SessionClosedError, match="'block' is closed"):
+            await task
+        await generators_end()
+    (call,) = session.calls
+    assert (call.usage, call.cost, call.duration, call.error) == (None, None, None, None)
 
 
-@pytest.mark.asyncio
-async def test_a_task_that_outlived_its_session_can_open_one_in_what_is_still_open() -> None:
-    ended = asyncio.Event()
+def test_ask_refuses_an_answer_that_comes_after_its_block() -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        current_session().close()  # as another thread does that leaves the block
+        return httpx2.Response(200, json=completion())
 
-    async def late() -> Any:
-        await ended.wait()
+    http_client = httpx2.Client(transport=httpx2.MockTransport(handler))
+    with openai.OpenAI(http_client=http_client, **OFFLINE) as client:
+        with smart_session("block", client=client), pytest.raises(SessionClosedError):
+            ask("slow")
+
+
+def test_what_outlives_its_session_nests_in_an_open_one() -> None:
+    def late() -> Any:
         with smart_session("late") as session:
-            await ask_async("recorded")
-        return session
+            return session
 
     with smart_session("outer") as outer:
         with smart_session("inner"):
-            first = asyncio.create_task(late())
-        ended.set()
-        assert (await first).parent is outer
-        ended.clear()
-        second = asyncio.create_task(late())
-    ended.set()
-    assert (await second).parent is None
-    assert len(outer.all_calls()) == 1
-
-
-# --- Threads ---
+            copy = contextvars.copy_context()  # as a task has it
+        assert copy.run(late).parent is outer
+    assert copy.run(late).parent is None
 
 
 def inherited() -> bool:
@@ -304,172 +215,126 @@ def inherited() -> bool:
     return bool(getattr(sys.flags, "thread_inherit_context", False))
 
 
-def in_thread(function: Callable[..., Any], *args: object) -> None:
-    thread = threading.Thread(target=function, args=args)
-    thread.start()
-    thread.join()
-
-
-def test_a_plain_thread_does_not_inherit_the_session(caplog: pytest.LogCaptureFixture) -> None:
-    with smart_session("parent") as session:
-        in_thread(ask, "lost")
-    assert len(session.calls) == inherited()
-    assert ("not recorded" in caplog.text) is not inherited()
-
-
-def test_an_executor_does_not_inherit_the_session() -> None:
-    with smart_session("parent") as session, ThreadPoolExecutor() as executor:
-        executor.submit(ask, "lost").result()
-    assert len(session.calls) == inherited()
-
-
-def test_copy_context_run_hands_the_session_to_threads_and_executors() -> None:
-    with smart_session("parent") as session, ThreadPoolExecutor(2) as executor:
-        in_thread(contextvars.copy_context().run, ask, "one")
-        jobs = [executor.submit(contextvars.copy_context().run, ask, str(n)) for n in range(10)]
+def test_copy_context_run_hands_the_session_to_many_threads() -> None:
+    with asking_session("parent") as session, ThreadPoolExecutor(8) as executor:
+        jobs = [executor.submit(contextvars.copy_context().run, ask, "?") for _ in range(200)]
         assert all(job.result() for job in jobs)
-    assert len(session.calls) == 11
-
-
-def test_as_current_hands_one_session_to_a_thread() -> None:
-    def work() -> None:
-        with session.as_current():
-            ask("in a thread")
-        assert current_session() is None
-
-    with smart_session("parent") as session:
-        with ThreadPoolExecutor() as executor:
-            executor.submit(work).result()
-    assert len(session.calls) == 1
-
-
-def test_calls_from_many_threads_are_all_recorded() -> None:
-    with smart_session("parent") as session, recording_client() as client:
-        with ThreadPoolExecutor(8) as executor:
-            for _ in range(200):
-                executor.submit(contextvars.copy_context().run, lambda: ask("?", client=client))
     assert len(session.calls) == 200
-    assert all(call.usage.input_tokens == 1 for call in session.calls)
+    assert all(call.usage.input_tokens == 3 for call in session.calls)
 
 
-# --- Generators ---
+# --- Generators, and blocks that end out of order ---
 
 
-def words_in_a_session(opened: list[Any]) -> Iterator[str]:
+def suspended(opened: list[Any]) -> Iterator[str]:
     with smart_session("inside") as session:
         opened.append(session)
-        for word in ("one", "two"):
-            ask(word)
-            yield word
+        yield "one"
+        yield "two"
 
 
-def test_a_generator_suspended_in_a_session_leaks_it_to_its_caller() -> None:
-    opened: list[Any] = []
-    with closing(words_in_a_session(opened)) as generator:  # type: ignore[type-var]
-        next(generator)
-        assert current_session() is opened[0]
-        ask("not meant for it")
-        assert len(opened[0].calls) == 2
-
-
-def test_a_leaked_session_never_records_in_silence_what_is_not_its_own() -> None:
-    def leave_in_the_wrong_order() -> None:
-        with smart_session("outer") as outer:
-            generator = words_in_a_session([])
+def test_after_exits_out_of_order_no_closed_session_is_current() -> None:
+    def outer_ends_first() -> None:
+        with smart_session("outer"):
+            generator = suspended([])
             next(generator)
-        assert current_session() is None
+        assert current_session().name == "inside"  # still open
         generator.close()  # type: ignore[attr-defined]
-        with pytest.raises(SessionClosedError, match="'outer'"):  # current where it was entered
-            ask("not lost in silence")
-        with smart_session("next") as following:
-            ask("recorded")
-        assert (len(outer.calls), len(following.calls), following.parent) == (0, 1, None)
+        assert current_session() is None
 
-    contextvars.copy_context().run(leave_in_the_wrong_order)
+    contextvars.copy_context().run(outer_ends_first)
 
 
-def test_an_isolated_generator_keeps_its_session_to_itself() -> None:
-    opened: list[Any] = []
-    with smart_session("caller") as caller:
-        for _word in chapter.isolated(words_in_a_session(opened)):
+def test_out_of_order_the_innermost_open_session_stays_current() -> None:
+    """The one in the middle ends first: no call is recorded around the wrong block."""
+    with smart_session("outer") as outer:
+        generator = suspended([])
+        next(generator)
+        with smart_session("caller") as caller:
+            generator.close()  # type: ignore[attr-defined]
             assert current_session() is caller
-            ask("the caller's own")
-    assert (len(opened[0].calls), len(caller.calls)) == (2, 2)
-    assert opened[0].parent is caller
-    assert opened[0].closed
+        assert current_session() is outer
 
 
-def test_an_isolated_generator_is_closed_where_it_ran_when_its_reader_stops(
+def test_an_isolated_generator_is_closed_in_its_own_context(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     opened: list[Any] = []
-    items = chapter.isolated(words_in_a_session(opened))
+    items = isolated(suspended(opened))
     assert next(items) == "one"
     items.close()
     assert opened[0].closed
-    assert caplog.text == ""  # it says so where a session is left in another context
+    assert caplog.text == ""  # no session ended in another context
 
 
-def test_an_isolated_generator_passes_its_error_on() -> None:
-    def fails() -> Iterator[str]:
-        with smart_session("inside"):
-            yield "one"
-            raise ValueError("in the generator")
-
-    items = chapter.isolated(fails())
-    assert next(items) == "one"
-    with pytest.raises(ValueError, match="in the generator"):
-        next(items)
-
-
-def left_in_another_context(body_error: Exception | None) -> Any:
-    """Enter a session in one context, and leave its block in another."""
+def test_a_block_that_ends_in_another_context_is_closed_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    began = contextvars.copy_context()
     manager = smart_session("wanders")
-    session = contextvars.copy_context().run(manager.__enter__)
-    if body_error is None:
-        manager.__exit__(None, None, None)
-    else:
-        assert not manager.__exit__(type(body_error), body_error, None)
-    return session
-
-
-def test_a_session_left_in_another_context_is_closed_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    session = left_in_another_context(None)
+    session = began.run(manager.__enter__)
+    copy = began.run(contextvars.copy_context)
+    error = ValueError("the block's own")
+    assert not copy.run(manager.__exit__, type(error), error, None)  # it propagates, unhidden
     assert session.closed
-    assert "session 'wanders' was left in a context that it was not entered in" in caplog.text
-    assert current_session() is None
+    assert "session 'wanders' ended in another context" in caplog.text
+    assert copy.run(current_session) is None
+    assert began.run(current_session) is session  # out of reach
 
 
-def test_leaving_in_another_context_does_not_hide_the_error_of_the_block() -> None:
-    assert left_in_another_context(ValueError("the block's own")).closed
+# --- Asking ---
 
 
-# --- No session ---
-
-
-def test_without_a_session_ask_works_and_says_that_nothing_is_recorded(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert "Is it?" in ask("Is it?")
-    (record,) = [record for record in caplog.records if record.name == chapter.logger.name]
-    assert record.levelno == logging.WARNING
-    assert "/chat/completions is not recorded" in record.getMessage()
-
-
-def test_the_strict_form_raises_where_no_session_is_current() -> None:
+def test_ask_without_a_session_or_a_client_says_what_to_do() -> None:
     with pytest.raises(LookupError, match=r"ask inside `with smart_session"):
-        ask("Is it?", strict=True)
-    with smart_session("there is one") as session:
-        ask("Is it?", strict=True)
+        ask("Is it?")
+    with smart_session("bare"), pytest.raises(LookupError, match=r"'bare' has no OpenAI client"):
+        ask("Is it?")
+    with asking_session("wrong kind"), pytest.raises(LookupError, match="no AsyncOpenAI client"):
+        asyncio.run(ask_async("Is it?"))
+
+
+def reply_with(finish_reason: Any = "stop", **message: Any) -> dict[str, Any]:
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
+    return completion() | {"choices": [choice]}
+
+
+TOOL = {"id": "1", "function": {"arguments": "{}", "name": "look"}, "type": "function"}
+WHOLE: list[tuple[dict[str, Any], str]] = [
+    (reply_with(content="yes"), "yes"),
+    (reply_with("length", content=""), ""),
+    (reply_with(content=None, refusal="I will not."), "I will not."),
+    (reply_with("tool_calls", content=None, tool_calls=[TOOL]), json.dumps([TOOL])),
+]
+
+
+@pytest.mark.parametrize(("reply", "answer"), WHOLE, ids=lambda value: str(value)[:9])
+def test_ask_returns_a_content_a_refusal_or_tool_calls(reply: Any, answer: str) -> None:
+    with asking_session("whole", lambda request: httpx2.Response(200, json=reply)):
+        assert ask("Is it?") == answer
+
+
+NOT_WHOLE = {
+    "HTML": {"html": "<p>Please log in</p>"},
+    "cut off": {"content": b'{"choi', "headers": {"content-type": "application/json"}},
+    "not UTF-8": {"content": b"\xff\xfe\xff", "headers": {"content-type": "application/json"}},
+    "nothing": {"content": b""},
+    "error": {"json": {"error": {"message": "overloaded"}}},
+    "null": {"json": None},
+    "null message": {"json": completion() | {"choices": [{"finish_reason": "stop"}]}},
+    "all null": {"json": reply_with(content=None)},
+    "strange content": {"json": reply_with(content={"text": "yes"})},
+    "no reason": {"json": reply_with(None, content="half a")},
+    "empty reason": {"json": reply_with("", content="half a")},
+}
+
+
+@pytest.mark.parametrize("reply", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_ask_raises_if_the_answer_is_not_whole(reply: dict[str, Any]) -> None:
+    with asking_session("half", lambda request: httpx2.Response(200, **reply)) as session:
+        with pytest.raises(ReplyError):
+            ask("Is it?")
     assert len(session.calls) == 1
-
-
-@pytest.mark.asyncio
-async def test_the_strict_form_raises_in_async_code_too() -> None:
-    with pytest.raises(LookupError):
-        await ask_async("Is it?", strict=True)
 
 
 # --- The contract ---
@@ -485,12 +350,12 @@ def subject(open_session: Callable[[list[Any]], Any]) -> Subject:
     return Subject(
         open=lambda: open_session(opened),
         leaks=leaks,
-        use=lambda session: session.record(chapter.Call("/chat")),
+        use=lambda session: session.record(Call("/chat")),
         closed_error=SessionClosedError,
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def noted(opened: list[Any]) -> Iterator[Any]:
     with smart_session("subject") as session:
         opened.append(session)
@@ -502,151 +367,119 @@ async def noted_between_awaits(opened: list[Any]) -> AsyncIterator[Any]:
     await asyncio.sleep(0)
     with smart_session("subject") as session:
         opened.append(session)
-        await ask_async("on entering")
+        await asyncio.sleep(0)
         try:
             yield session
         finally:
-            await ask_async("on leaving")
+            await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*SYNC_WAYS, *ASYNC_WAYS], ids=lambda way: way.__name__)
 def test_smart_session_keeps_the_cleanup_contract(way: Way) -> None:
-    way(subject(noted))
-
-
-@pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
-def test_smart_session_keeps_the_cleanup_contract_in_async_code(way: Way) -> None:
-    way(subject(noted_between_awaits))
+    way(subject(noted if way in SYNC_WAYS else noted_between_awaits))
 
 
 # --- The recording client ---
 
 
 def test_a_call_is_recorded_with_model_tokens_cost_and_duration() -> None:
-    reply = completion(1234, 567, prompt_tokens_details={"cached_tokens": 1000})
-    reply["model"] = "gpt-4o-mini-2024-07-18"
-    with client_that(lambda request: httpx2.Response(200, json=reply), clock=ticking()) as client:
-        with smart_session("measured") as session:
-            assert chat(client).choices[0].message.content == "yes"
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        assert request.headers["accept-encoding"] == "identity"  # to be read as it passes
+        reply = completion(1234, 567, prompt_tokens_details={"cached_tokens": 1000})
+        return httpx2.Response(200, json=reply | {"model": "gpt-4o-mini-2024-07-18"})
+
+    with client_that(handler, clock=ticking()) as client, smart_session("measured") as session:
+        assert chat(client.with_options(timeout=5)).choices[0].message.content == "yes"
     (call,) = session.calls
     assert (call.path, call.error) == ("/v1/chat/completions", None)
     assert call.model == "gpt-4o-mini-2024-07-18"
     assert (call.usage.input_tokens, call.usage.output_tokens) == (1234, 567)
     assert call.usage.cache_read_tokens == 1000
-    assert call.cost == Decimal("0.0004503")
-    assert call.duration == 1.0
+    assert (call.cost, call.duration) == (Decimal("0.0004503"), 1.0)
+    assert "Is it?" not in repr(call)  # neither what was asked nor what was answered is kept
+    assert "yes" not in repr(call)
 
 
-@pytest.mark.asyncio
-async def test_an_async_call_is_recorded_with_model_tokens_cost_and_duration() -> None:
-    async with async_client_that(answering(prompt_tokens=1000, completion_tokens=500)) as client:
-        with smart_session("measured") as session:
-            await asyncio.gather(*(chat(client) for _ in range(50)))
-    assert len(session.calls) == 50
-    assert {call.cost for call in session.calls} == {Decimal("0.00045")}
-    assert all(call.model == "gpt-4o-mini" and call.duration > 0 for call in session.calls)
-
-
-def test_a_copy_of_the_client_records_too() -> None:
-    with client_that(answering()) as client, smart_session("copied") as session:
-        chat(client.with_options(timeout=5))
-    assert len(session.calls) == 1
-
-
-def test_the_responses_api_is_understood_plain_and_streamed() -> None:
+def test_the_responses_api_and_embeddings_are_understood() -> None:
     usage = {"input_tokens": 1234, "output_tokens": 567, "total_tokens": 1801}
-    usage |= {"input_tokens_details": {"cached_tokens": 1000}}  # type: ignore[dict-item]
+    details = {"input_tokens_details": {"cached_tokens": 1000}}
     reply = {"id": "1", "created_at": 0, "model": "gpt-4o-mini", "output": [], "error": None}
-    events = [
-        {"type": "response.created", "response": reply},
-        {"type": "response.completed", "response": reply | {"usage": usage}},
+    whole = reply | {"usage": usage | details}
+    done = {"type": "response.completed", "response": whole}
+    body = b"".join(sse({"type": "response.created", "response": reply}, done))
+    vectors = {"model": "text-embedding-3-small", "data": [{}], "usage": {"prompt_tokens": 8}}
+    replies = [
+        httpx2.Response(200, json=whole),
+        httpx2.Response(200, headers=EVENT_STREAM, content=body),
+        httpx2.Response(200, json=vectors),
     ]
-
-    def handler(request: httpx2.Request) -> httpx2.Response:
-        if json.loads(request.content).get("stream"):
-            return httpx2.Response(200, headers=EVENT_STREAM, content=b"".join(sse(*events)))
-        return httpx2.Response(200, json=reply | {"usage": usage})
-
-    with client_that(handler) as client, smart_session("responses") as session:
+    with client_that(lambda request: replies.pop(0)) as client, smart_session("all") as session:
         client.responses.create(model="gpt-4o-mini", input="Is it?")
         list(client.responses.create(model="gpt-4o-mini", input="Is it?", stream=True))
-    assert [call.cost for call in session.calls] == [Decimal("0.0004503")] * 2
-
-
-def test_embeddings_are_understood() -> None:
-    reply = {"model": "text-embedding-3-small", "data": [], "usage": {"prompt_tokens": 8}}
-    handler = lambda request: httpx2.Response(200, json=reply)  # noqa: E731
-    with client_that(handler) as client, smart_session("embeddings") as session:
-        with suppress(ValueError):  # the SDK refuses a reply without data
-            client.embeddings.create(model="text-embedding-3-small", input="Is it?")
-    (call,) = session.calls
-    assert (call.usage.input_tokens, call.usage.output_tokens) == (8, 0)
-    assert call.cost == Decimal("1.6E-7")
-
-
-def test_a_model_without_a_price_has_tokens_but_no_cost() -> None:
-    with client_that(answering(model="llama3.2")) as client, smart_session("local") as session:
-        chat(client)
-    assert session.calls[0].usage.input_tokens == 3
-    assert session.calls[0].cost is None
-    assert session.cost == 0
+        client.embeddings.create(model="e", input="Is it?", encoding_format="float")
+    costs = [Decimal("0.0004503"), Decimal("0.0004503"), Decimal("1.6E-7")]
+    assert [call.cost for call in session.calls] == costs
 
 
 @pytest.mark.parametrize(
-    "response",
-    [
-        httpx2.Response(200, html="<p>Please log in</p>"),
-        httpx2.Response(200, json={"model": "gpt-4o-mini", "usage": {"prompt_tokens": "many"}}),
-        httpx2.Response(200, json={"model": "gpt-4o-mini", "usage": {"total_tokens": 5}}),
-        httpx2.Response(
-            200,
-            json={
-                "model": "gpt-4o-mini",
-                "usage": {"prompt_tokens": 1, "prompt_tokens_details": ["?"]},
-            },
-        ),
-        httpx2.Response(200, json={"model": 4, "usage": {"prompt_tokens": 1}}),
-        httpx2.Response(200, json=["not", "an", "object"]),
-    ],
-    ids=lambda response: response.text[:40],
+    "price", [None, lambda usage, model: 1 / 0, lambda usage, model: Decimal(7)]
 )
-def test_a_reply_that_no_api_gives_is_passed_on_and_its_tokens_stay_unknown(
-    response: httpx2.Response,
+def test_an_unknown_price_is_an_error_that_says_what_to_pass(price: Any) -> None:
+    with client_that(answering(model="llama3.2"), price=price) as client:
+        with smart_session("local") as session:
+            assert chat(client).choices  # a paid reply is not lost
+    assert session.calls[0].usage.input_tokens == 3
+    if session.calls[0].cost is None:
+        with pytest.raises(LookupError, match=r"'llama3\.2' is unknown: pass price="):
+            _ = session.cost
+    else:
+        assert session.cost == 7
+
+
+def test_transports_have_the_limits_of_the_sdk_and_replace_http_client(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    limits: list[Any] = []
+    for name in ("HTTPTransport", "AsyncHTTPTransport"):
+        transport = lambda **options: limits.append(options["limits"])  # noqa: E731
+        monkeypatch.setattr(httpx2, name, transport)
+    for make in (recording_client, async_recording_client):
+        make(**OFFLINE)
+        with pytest.raises(TypeError, match="pass the transport="):
+            make(http_client=object())
+    assert limits == [openai.DEFAULT_CONNECTION_LIMITS] * 2
+
+
+STRANGE = [
+    {"html": "<p>Please log in</p>"},
+    {"json": {"model": "gpt-4o-mini", "usage": {"prompt_tokens": "many"}}},
+    {"json": {"model": "gpt-4o-mini", "usage": {"total_tokens": 5}}},
+    {"json": {"model": "m", "usage": {"prompt_tokens": 1, "prompt_tokens_details": ["?"]}}},
+    {"json": ["not", "an", "object"]},
+    {"text": '{"model": "m", "usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}'}
+    | {"headers": {"content-type": "application/json"}},
+]
+
+
+@pytest.mark.parametrize("reply", STRANGE, ids=str)
+def test_a_strange_reply_passes_and_its_tokens_stay_unknown(reply: dict[str, Any]) -> None:
+    response = httpx2.Response(200, **reply)
     with client_that(lambda request: response) as client, smart_session("strange") as session:
-        raw = client.chat.completions.with_raw_response.create(
-            model="gpt-4o-mini", messages=[{"role": "user", "content": "Is it?"}]
-        )
+        raw = client.chat.completions.with_raw_response.create(model="m", messages=[])
     assert raw.content == response.content
     (call,) = session.calls
     assert (call.usage, call.cost, call.error) == (None, None, None)
     assert call.duration is not None
 
 
-def test_an_upload_is_sent_as_it_is_and_recorded() -> None:
-    def handler(request: httpx2.Request) -> httpx2.Response:
-        assert b"the recorded words" in request.content
-        return httpx2.Response(200, json={"text": "words"})
-
-    with client_that(handler) as client, smart_session("upload") as session:
-        file = ("words.wav", b"the recorded words")
-        client.audio.transcriptions.create(model="whisper-1", file=file)
-    (call,) = session.calls
-    assert (call.path, call.model) == ("/v1/audio/transcriptions", None)
-    assert call.duration is not None
-
-
-def test_a_request_that_names_no_model_is_recorded_without_one() -> None:
+def test_requests_that_name_no_model_are_recorded_without_one() -> None:
     with client_that(lambda request: httpx2.Response(200, json={})) as client:
         with smart_session("others") as session:
+            client.audio.transcriptions.create(model="whisper-1", file=("words.wav", b"words"))
             client.get("/models", cast_to=object)
-            client.post("/files", body={"purpose": "batch"}, cast_to=object)
             client.post("/files", body=["batch"], cast_to=object)
-    assert [(call.path, call.model) for call in session.calls] == [
-        ("/v1/models", None),
-        ("/v1/files", None),
-        ("/v1/files", None),
-    ]
+    paths = ["/v1/audio/transcriptions", "/v1/models", "/v1/files"]
+    assert [(call.path, call.model) for call in session.calls] == [(path, None) for path in paths]
 
 
 @pytest.mark.parametrize("content_type", ["text/event-stream", "audio/mpeg"])
@@ -665,13 +498,25 @@ def test_a_long_reply_is_not_held_in_memory(content_type: str) -> None:
     assert peak < 10_000_000
 
 
-def test_the_server_is_asked_not_to_compress() -> None:
-    def handler(request: httpx2.Request) -> httpx2.Response:
-        assert request.headers["accept-encoding"] == "identity"
-        return httpx2.Response(200, json=completion())
+def test_a_call_outside_a_session_is_sent_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with client_that(answering()) as client:
+        assert chat(client).choices
+    assert "no session is current: /v1/chat/completions is not recorded" in caplog.text
 
-    with client_that(handler) as client:
-        chat(client)
+
+def test_closing_a_client_closes_its_transport() -> None:
+    closed: list[str] = []
+
+    class Transport(httpx2.MockTransport):
+        def close(self) -> None:
+            closed.append("close")
+
+        async def aclose(self) -> None:
+            closed.append("aclose")
+
+    recording_client(Transport(answering()), **OFFLINE).close()
+    asyncio.run(async_recording_client(Transport(answering()), **OFFLINE).close())
+    assert closed == ["close", "aclose"]
 
 
 # --- Errors ---
@@ -687,7 +532,6 @@ def test_each_attempt_of_the_sdk_is_a_call_with_its_own_error() -> None:
         chat(client)
     assert [call.error for call in session.calls] == ["HTTP 429", "HTTP 500", None]
     assert [call.usage is None for call in session.calls] == [True, True, False]
-    assert [call.model for call in session.calls] == ["gpt-4o-mini"] * 3
     assert all(call.duration is not None for call in session.calls)
 
 
@@ -704,28 +548,26 @@ def test_a_call_without_a_connection_is_recorded_with_its_error() -> None:
 
 @pytest.mark.asyncio
 async def test_a_cancelled_call_is_recorded_as_cancelled() -> None:
-    sent = asyncio.Event()
-
-    async def handler(request: httpx2.Request) -> httpx2.Response:
-        sent.set()
+    async def handler(request: httpx2.Request) -> None:
+        task.cancel()
         await asyncio.Event().wait()
-        raise AssertionError("unreachable")
 
     async with async_client_that(handler) as client:
         with smart_session("cancelled") as session:
             task = asyncio.create_task(chat(client))
-            await sent.wait()
-            task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
     assert [call.error for call in session.calls] == ["CancelledError"]
 
 
-def test_what_was_asked_and_answered_is_not_kept() -> None:
-    with client_that(answering()) as client, smart_session("private") as session:
+def test_an_error_in_a_reply_is_recorded_plain_and_streamed() -> None:
+    error = {"error": {"message": "overloaded", "type": "server_error"}}
+    replies = [httpx2.Response(200, json=error), Body([STREAM[0], *sse(error)]).reply(None)]
+    with client_that(lambda request: replies.pop(0)) as client, smart_session("busy") as session:
         chat(client)
-    assert "Is it?" not in repr(session)
-    assert "yes" not in repr(session)
+        with pytest.raises(openai.APIError, match="overloaded"):
+            words(chat(client, stream=True))
+    assert [call.error for call in session.calls] == ["error in the reply"] * 2
 
 
 # --- Streams ---
@@ -775,7 +617,7 @@ class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
     async def aclose(self) -> None:
         self.closed = True
 
-    def reply(self, request: httpx2.Request) -> httpx2.Response:
+    def reply(self, request: object) -> httpx2.Response:
         return httpx2.Response(200, headers=EVENT_STREAM, stream=self)
 
 
@@ -783,14 +625,19 @@ def words(stream: Any) -> list[str]:
     return [event.choices[0].delta.content for event in stream if event.choices]
 
 
+async def async_words(client: Any) -> list[str]:
+    stream = await chat(client, stream=True)
+    return [event.choices[0].delta.content async for event in stream if event.choices]
+
+
 async def generators_end() -> None:
-    """The SDK leaves four generators to the event loop after a stream: it ends one a turn."""
+    """Wait until the event loop has ended the SDK's four generators, one a turn."""
     for _turn in range(20):
         await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
-def test_a_stream_is_recorded_from_its_last_event_however_it_is_cut(size: int) -> None:
+def test_a_stream_is_recorded_however_it_is_cut(size: int) -> None:
     whole = b"".join(STREAM).replace(b"\n", b"\r\n" if size == 7 else b"\n")
     body = Body([whole[start : start + size] for start in range(0, len(whole), size)])
     with client_that(body.reply, clock=ticking()) as client, smart_session("streamed") as session:
@@ -801,13 +648,11 @@ def test_a_stream_is_recorded_from_its_last_event_however_it_is_cut(size: int) -
     assert body.closed
 
 
-def test_a_stream_is_passed_on_piece_by_piece_as_it_comes_and_unchanged() -> None:
+def test_a_stream_is_passed_on_piece_by_piece_as_it_comes() -> None:
     body = Body(STREAM)
     with client_that(body.reply) as client, smart_session("streamed") as session:
-        raw = client.chat.completions.with_streaming_response.create(
-            model="gpt-4o-mini", messages=[{"role": "user", "content": "Is it?"}], stream=True
-        )
-        with raw as response:
+        create = client.chat.completions.with_streaming_response.create
+        with create(model="gpt-4o-mini", messages=[], stream=True) as response:
             received = []
             for piece in response.iter_bytes():
                 received.append(piece)
@@ -816,47 +661,24 @@ def test_a_stream_is_passed_on_piece_by_piece_as_it_comes_and_unchanged() -> Non
     assert received == STREAM
 
 
-@pytest.mark.asyncio
-async def test_an_async_stream_is_recorded_from_its_last_event() -> None:
-    body = Body(STREAM)
-    async with async_client_that(body.reply) as client:
-        with smart_session("streamed") as session:
-            stream = await chat(client, stream=True)
-            assert [len(event.choices) async for event in stream] == [1, 1, 0]
-        await generators_end()
-    assert session.calls[0].cost == Decimal("0.00045")
-    assert session.calls[0].error is None
-    assert body.closed
-
-
-def test_a_stream_without_usage_leaves_the_tokens_unknown() -> None:
-    body = Body([*STREAM[:2], STREAM[3]])
-    with client_that(body.reply) as client, smart_session("streamed") as session:
-        words(chat(client, stream=True))
-    (call,) = session.calls
-    assert (call.usage, call.cost, call.error) == (None, None, None)
-    assert call.duration is not None
-
-
-def test_a_stream_that_the_reader_leaves_is_closed_and_its_tokens_stay_unknown() -> None:
-    body = Body(STREAM)
-    with client_that(body.reply) as client, smart_session("left") as session:
-        with chat(client, stream=True) as stream:
-            next(stream)
-    (call,) = session.calls
-    assert (call.usage, call.error) == (None, None)
-    assert call.duration is not None
-    assert body.closed
+def test_an_abandoned_stream_is_recorded_even_if_it_is_never_closed() -> None:
+    with smart_session("abandoned") as session:
+        session.record(call := Call("/v1/chat/completions"))
+        reader = chapter.ReplyReader(call, session, ticking(), chapter.list_price)
+        pieces = iter(reader.watch(Body(STREAM).reply(None)).stream)
+        next(pieces)
+        with session._lock:  # where the garbage collector may strike
+            pieces.close()
+    assert (call.usage, call.error, call.duration) == (None, None, 1.0)
 
 
 @pytest.mark.asyncio
-async def test_an_async_stream_that_the_reader_leaves_is_closed_at_once_and_no_error() -> None:
+async def test_an_async_stream_that_is_left_is_closed_at_once() -> None:
     body = Body(STREAM * 50)
     async with async_client_that(body.reply) as client:
         with smart_session("left") as session:
-            raw = client.chat.completions.with_streaming_response.create(
-                model="gpt-4o-mini", messages=[{"role": "user", "content": "Is it?"}], stream=True
-            )
+            create = client.chat.completions.with_streaming_response.create
+            raw = create(model="gpt-4o-mini", messages=[], stream=True)
             async with raw as response, aclosing(response.http_response.aiter_bytes()) as pieces:
                 await anext(pieces)
             assert body.reading_ended
@@ -865,343 +687,101 @@ async def test_an_async_stream_that_the_reader_leaves_is_closed_at_once_and_no_e
     assert body.closed
 
 
-def test_a_stream_that_breaks_is_recorded_with_its_error() -> None:
-    body = Body(STREAM[:1], httpx2.ReadError("connection lost"))
-    with client_that(body.reply) as client, smart_session("broken") as session:
+@pytest.mark.asyncio
+async def test_a_stream_that_breaks_is_recorded_with_its_error() -> None:
+    bodies = [Body(STREAM[:1], httpx2.ReadError("connection lost")) for _ in range(2)]
+    with client_that(bodies[0].reply) as client, smart_session("broken") as session:
         with pytest.raises(openai.APIConnectionError):
             words(chat(client, stream=True))
-    assert [call.error for call in session.calls] == ["ReadError"]
-    assert body.closed
-
-
-@pytest.mark.asyncio
-async def test_an_async_stream_that_breaks_is_recorded_with_its_error() -> None:
-    body = Body(STREAM[:1], httpx2.ReadError("connection lost"))
-    async with async_client_that(body.reply) as client:
-        with smart_session("broken") as session:
-            stream = await chat(client, stream=True)
+        async with async_client_that(bodies[1].reply) as async_client:
             with pytest.raises(openai.APIConnectionError):
-                [event async for event in stream]
-    assert [call.error for call in session.calls] == ["ReadError"]
-    assert body.closed
+                await async_words(async_client)
+    assert [call.error for call in session.calls] == ["ReadError"] * 2
+    assert [body.closed for body in bodies] == [True] * 2
 
 
-def test_a_body_that_fails_to_close_is_recorded_with_its_error() -> None:
-    class Stubborn(Body):
-        def close(self) -> None:
-            raise httpx2.CloseError("still busy")
-
-    body = Stubborn(STREAM)
-    with client_that(body.reply) as client, smart_session("stubborn") as session:
-        with pytest.raises(httpx2.CloseError):
-            words(chat(client, stream=True))
-    assert [call.error for call in session.calls] == ["CloseError"]
+# --- Offline, and live ---
 
 
-@pytest.mark.asyncio
-async def test_an_async_body_that_fails_to_close_is_recorded_with_its_error() -> None:
-    class Stubborn(Body):
-        async def aclose(self) -> None:
-            raise httpx2.CloseError("still busy")
-
-    async with async_client_that(Stubborn(STREAM).reply) as client:
-        with smart_session("stubborn") as session:
-            stream = await chat(client, stream=True)
-            with pytest.raises(httpx2.CloseError):
-                await stream.close()
-    assert [call.error for call in session.calls] == ["CloseError"]
-
-
-def test_an_error_event_in_a_stream_is_recorded() -> None:
-    body = Body([STREAM[0], *sse({"error": {"message": "overloaded", "type": "server_error"}})])
-    with client_that(body.reply) as client, smart_session("overloaded") as session:
-        with pytest.raises(openai.APIError, match="overloaded"):
-            words(chat(client, stream=True))
-    assert [call.error for call in session.calls] == ["error in the reply"]
-
-
-def test_an_error_in_a_plain_reply_is_recorded() -> None:
-    reply = {"error": {"message": "overloaded"}}
-    with client_that(lambda request: httpx2.Response(200, json=reply)) as client:
-        with smart_session("overloaded") as session:
-            chat(client)
-    assert [call.error for call in session.calls] == ["error in the reply"]
-
-
-def test_a_stream_belongs_to_the_session_in_which_it_was_asked_for() -> None:
-    body = Body(STREAM)
-    with client_that(body.reply) as client:
-        with smart_session("asked") as asked:
-            stream = chat(client, stream=True)
-        with smart_session("read") as read:
-            words(stream)
-    assert asked.calls[0].cost == Decimal("0.00045")
-    assert read.calls == []
-
-
-# --- Offline, and out ---
-
-
-def test_without_a_transport_the_stand_in_answers_even_where_a_key_is_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://192.0.2.1/v1")
-    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")  # it asks no proxy either
-    with recording_client() as client, smart_session("offline") as session:
-        assert "stand-in" in ask("Is it?", client=client)
-        assert "stand-in" in ask("Is it?")
-    assert len(session.calls) == 2
-
-
-@pytest.mark.asyncio
-async def test_the_managers_alone_send_to_the_real_server_and_know_no_stand_in(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Who copies the part above the demos must not be answered by a stand-in without knowing."""
+def test_the_managers_alone_know_no_stand_in() -> None:
     managers, _divider, _demos = inspect.getsource(chapter).partition("\n# --- Demos")
-    assert "stand_in" not in managers
-    module = types.ModuleType("managers_alone")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclass looks types up
-    exec(compile(managers, "managers_alone", "exec"), vars(module))
-
-    def answer(transport: object, request: httpx2.Request) -> httpx2.Response:
-        assert request.url.host == "192.0.2.1"
-        return cast(httpx2.Response, chapter.stand_in(request))
-
-    async def answer_async(transport: object, request: httpx2.Request) -> httpx2.Response:
-        return answer(transport, request)
-
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://192.0.2.1/v1")
-    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", answer)
-    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", answer_async)
-    with module.smart_session("real") as session:
-        module.ask("Is it?")
-        await module.ask_async("Is it?")
-    assert len(session.calls) == 2
-
-
-@pytest.mark.parametrize("include_usage", [True, False])
-def test_the_stand_in_streams_as_the_api_does(include_usage: bool) -> None:
-    options = {"stream_options": {"include_usage": include_usage}}
-    with recording_client() as client, smart_session("offline") as session:
-        assert "Is it?" in "".join(words(chat(client, stream=True, **options)))
-    assert (session.calls[0].usage is not None) is include_usage
-
-
-def test_closing_a_client_closes_its_transport() -> None:
-    closed: list[str] = []
-
-    class Transport(httpx2.MockTransport):
-        def close(self) -> None:
-            closed.append("close")
-
-        async def aclose(self) -> None:
-            closed.append("aclose")
-
-    async def leave_async() -> None:
-        async with async_recording_client(Transport(answering())):
-            pass
-
-    with recording_client(Transport(answering())):
-        pass
-    asyncio.run(leave_async())
-    assert closed == ["close", "aclose"]
-
-
-# --- Beside llamabot ---
-
-THEIRS = (lambda name: chapter.recording(chapter.Session(name)), chapter.record)
-OURS = (smart_session, ask)
+    assert not re.search("stand_in|OFFLINE|offline", managers.partition("import")[2])
 
 
 @pytest.fixture
-def theirs() -> Callable[..., Any]:
-    """Plays a scene under their rule in a context apart: it does not restore the one it is in."""
-    return lambda scene, *more: contextvars.copy_context().run(scene, *THEIRS, *more)
+def play(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Play the script in this process; return its status and output, and what it sent."""
+
+    def run(handler: Handler, *arguments: str, **environment: str) -> tuple[Any, ...]:
+        sent: list[httpx2.Request] = []
+
+        def handle_request(transport: object, request: httpx2.Request) -> Any:
+            sent.append(request)
+            return handler(request)
+
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the SDK's attempts
+        monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", handle_request)
+        monkeypatch.setattr(sys, "argv", ["04_smart_session.py", *arguments])
+        for name, value in {"OPENAI_API_KEY": "sk-test", **environment}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            status = chapter.main()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            monkeypatch.setattr(chapter, "live", False)
+        return (status, *capsys.readouterr(), sent)
+
+    return run
 
 
-def test_none_without_a_token_loses_what_follows_a_nested_session(
-    theirs: Callable[..., Any],
-) -> None:
-    assert theirs(chapter.after_a_nested_session) == 0
-    assert chapter.after_a_nested_session(*OURS) == 1
+def test_live_asks_the_model_and_the_server_of_the_environment(play: Any) -> None:
+    options = {"OPENAI_BASE_URL": "http://192.0.2.1/v1", "OPENAI_MODEL": "local-model"}
+    status, out, err, sent = play(chapter.stand_in, "--live", "2", "4", **options)
+    assert (status, err) == (0, "")
+    assert [(r.url.host, json.loads(r.content)["model"]) for r in sent] == [
+        ("192.0.2.1", "local-model")
+    ] * 10
+    assert "call 1: local-model, 1 → 4 tokens, ?" in out  # its price is unknown
+    status, _out, err, _sent = play(chapter.stand_in, "--live", OPENAI_API_KEY="")
+    assert status == 2
+    assert "--live needs OPENAI_API_KEY; a local server takes any value" in err
 
 
-def test_none_without_a_token_loses_what_follows_entering_it_again(
-    theirs: Callable[..., Any],
-) -> None:
-    assert theirs(chapter.after_entering_it_again, chapter.recording) == 0
-    assert chapter.after_entering_it_again(*OURS, chapter.Session.as_current) == 1
+FAILING: dict[str, Handler] = {
+    "refused": lambda request: httpx2.Response(404, html="<p>\nNot\nhere\n</p>"),
+    "busy": lambda request: httpx2.Response(500),
+    "half a body": lambda request: Body([b"{"], httpx2.ReadError("lost")).reply(request),
+    "silent": lambda request: Body([], httpx2.ReadTimeout("")).reply(request),
+} | {
+    name: lambda _r, reply=reply: httpx2.Response(200, **reply) for name, reply in NOT_WHOLE.items()
+}
 
 
-def test_a_recorder_that_does_not_know_its_end_records_a_task_that_outlives_it(
-    theirs: Callable[..., Any],
-) -> None:
-    assert theirs(chapter.in_a_task_that_outlives_it) == 1
-    with pytest.raises(SessionClosedError):
-        chapter.in_a_task_that_outlives_it(*OURS)
+@pytest.mark.parametrize("handler", FAILING.values(), ids=FAILING)
+def test_live_ends_with_one_line_if_the_endpoint_fails(handler: Handler, play: Any) -> None:
+    status, out, err, _sent = play(handler, "--live", "2")
+    assert status == 1
+    assert re.fullmatch(r"04_smart_session\.py: the model did not answer: .+\n", err)
+    assert "└ left by" in out
 
 
-def test_their_recorder_too_is_lost_in_threads_and_leaks_from_generators() -> None:
-    def in_a_session() -> Iterator[Any]:
-        with chapter.recording(chapter.Session("inside")) as session:
-            yield session
-
-    def scene() -> tuple[int, int]:
-        with chapter.recording(chapter.Session("parent")) as parent:
-            in_thread(chapter.record, "lost")
-        with closing(in_a_session()) as generator:  # type: ignore[type-var]
-            inside = next(generator)
-            chapter.record("the caller's own")
-        return len(parent.calls), len(inside.calls)
-
-    assert contextvars.copy_context().run(scene) == (inherited(), 1)
+TREE = """
+article
+├── call 1: gpt-4o-mini, 1 → 4 tokens, $0.00000255
+├── title
+│   └── call 2: gpt-4o-mini, 2 → 5 tokens, $0.0000033
+└── call 3: gpt-4o-mini, 3 → 6 tokens, $0.00000405
+✓ `smart_session`: article itself recorded 2 of its 2 calls.
+"""
 
 
-def test_a_span_that_looks_for_no_parent_has_none() -> None:
-    assert chapter.parent_of_a_nested_session(chapter.span) is None
-    assert chapter.parent_of_a_nested_session(smart_session) == "outer"
-
-
-def test_an_exit_that_writes_can_hide_the_error_of_the_body() -> None:
-    unwritable = partial(chapter.span, database="no such folder/spans.db")
-    with pytest.raises(sqlite3.OperationalError):
-        chapter.error_when_leaving_goes_wrong(unwritable)
-    with pytest.raises(ValueError, match="the block's own"):
-        chapter.error_when_leaving_goes_wrong(smart_session)
-
-
-def test_the_table_beside_llamabot_shows_these_outcomes(capsys: pytest.CaptureFixture[str]) -> None:
-    contextvars.copy_context().run(chapter.demo_beside_llamabot)
-    _paths, _rule, table = capsys.readouterr().out.partition("┏")
-    rows = [line.split("│")[1:4] for line in table.splitlines() if "│" in line]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["after_a_nested_session", "✗ 0", "✓ 1"],
-        ["after_entering_it_again", "✗ 0", "✓ 1"],
-        ["in_a_task_that_outlives_it", "✗ 1", "✓ SessionClosedError"],
-        ["parent_of_a_nested_session", "✗ None", "✓ outer"],
-        ["error_when_leaving_goes_wrong", "✗ OperationalError", "✓ ValueError"],
-    ]
-
-
-# --- The script ---
-
-
-class StandInServer(BaseHTTPRequestHandler):
-    """The stand-in behind a real socket, to see the script go out with --live."""
-
-    asked: ClassVar[list[Any]] = []
-
-    def do_POST(self) -> None:
-        if "nowhere" in self.path:
-            self.rfile.read(int(self.headers["content-length"]))
-            self.send_error(404)
-            return
-        content = self.rfile.read(int(self.headers["content-length"]))
-        self.asked.append(json.loads(content))
-        reply = chapter.stand_in(httpx2.Request("POST", "http://stand-in", content=content))
-        self.send_response(200)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(reply.content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    StandInServer.asked.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), StandInServer) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
-        thread.join()
-
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(chapter.__file__), *arguments]
-    return subprocess.run(
-        command,
-        env={**os.environ, "LANGUAGE": "en", "NO_COLOR": "1", **environment},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=60,
-    )
-
-
-def test_live_asks_the_model_and_the_server_of_the_environment(server: str) -> None:
-    ended = run_script("--live", "1", "3", "5", OPENAI_BASE_URL=server, OPENAI_MODEL="local-model")
-    assert ended.returncode == 0, ended.stderr
-    assert len(StandInServer.asked) == 3 + 5 + 2
-    assert {asked["model"] for asked in StandInServer.asked} == {"local-model"}
-    assert "local-model: 6 → 9 tokens, ?" in ended.stdout  # no price is known for it
-
-
-def test_live_ends_with_one_line_where_the_model_does_not_answer(server: str) -> None:
-    ended = run_script("--live", "1", OPENAI_BASE_URL=f"{server}/nowhere", OPENAI_MODEL="refused")
-    assert ended.returncode == 1
-    assert re.fullmatch(r"04_smart_session\.py: refused did not answer: .+\n", ended.stderr)
-    assert "└ left by NotFoundError" in ended.stdout
-
-
-def test_without_live_nothing_goes_out_though_a_key_is_set(server: str) -> None:
-    ended = run_script(OPENAI_BASE_URL=server, OPENAI_API_KEY="sk-real", OPENAI_MODEL="local")
-    assert ended.returncode == 0, ended.stderr
-    assert StandInServer.asked == []
-    assert "local" not in ended.stdout.replace("localhost", "")
-
-
-def test_the_tree_shows_nested_sessions_with_their_tokens_and_costs() -> None:
-    ended = run_script("1")
-    assert ended.stderr == ""
-    _lesson, _rule, tree = ended.stdout.partition("\narticle  $0.00013085\n")
-    assert re.sub(r", \d+\.\d ms", "", tree).splitlines()[:4] == [
-        "├── gpt-4o-mini: 6 → 9 tokens, $0.0000063 ",
-        "├── gpt-4o-mini: 7 → 10 tokens, $0.00000705 ",
-        "└── title  $0.0001175",
-        "    └── gpt-4o: 7 → 10 tokens, $0.0001175 ",
-    ]
-
-
-def test_the_tree_does_not_invent_a_duration(capsys: pytest.CaptureFixture[str]) -> None:
-    session = chapter.Session("under way", calls=[chapter.Call("/v1/chat/completions", "gpt-4o")])
-    chapter.console.print(chapter.drawn(session))
-    assert "gpt-4o: ? tokens, ?, ? ms" in capsys.readouterr().out
-
-
-def test_the_generators_demo_shows_the_leak_and_its_absence(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    chapter.demo_generators()
-    leaking, isolated = re.findall(r"^[✗✓] .*", capsys.readouterr().out, re.MULTILINE)
-    assert leaking == "✗ While `answers()` is suspended, its caller's session is inside."
-    assert isolated == ("✓ While `isolated(answers())` is suspended, its caller's session is None.")
-
-
-def test_the_path_beside_llamabot_asks_after_the_reset(capsys: pytest.CaptureFixture[str]) -> None:
-    """`ask` runs after `set(None)` under their rule, and after `reset(token)` under ours."""
-    contextvars.copy_context().run(chapter.demo_beside_llamabot)
-    _code, _heading, path = capsys.readouterr().out.partition("order of execution")
-    asked, set_none, reset = (
-        [int(number) for number in re.findall(rf"{re.escape(line)} +(\d[\d ]*\d)", path)[0].split()]
-        for line in ('ask("Is this recorded?")', "recorder.set(None)", "_current.reset(token)")
-    )
-    assert set_none[0] < asked[0] < set_none[1]
-    assert reset[0] < asked[1] < reset[1]
-
-
-def test_the_thread_demo_says_which_call_was_not_recorded(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    chapter.demo_tasks_and_threads()
-    in_executor = "✓ Calls recorded: 1 of 1." if inherited() else "✗ Calls recorded: 0 of 1."
-    assert re.findall(r"^[✗✓] .*", capsys.readouterr().out, re.MULTILINE) == [
-        "✓ Calls recorded: 3 of 3.",
-        in_executor,
-        "✓ Calls recorded: 1 of 1.",
-    ]
+def test_each_demo_shows_the_failure_first_and_sends_nothing_out(play: Any) -> None:
+    status, out, err, sent = play(chapter.stand_in, OPENAI_MODEL="local-model")
+    assert (status, err, sent) == (0, "", [])
+    verdicts = "".join(re.findall(r"^[✗✓](?= )", out, re.MULTILINE))
+    assert verdicts == "✗✓" + "✗✓" + ("✓" if inherited() else "✗") + "✓✓✓✓" + "✗✓" * 3
+    assert "they find: ada → bob, bob → None." in out
+    assert "Requests sent: 4, recorded: 3." in out
+    assert TREE in re.sub(" +\n", "\n", out)
+    assert "local-model" not in out

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 import anyio
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_chapter
 from fences import find_fences, run_chapter
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.client import session, stdio
@@ -369,3 +371,43 @@ def test_a_lifespan_is_closed_by_the_end_of_input_but_over_stdio_not_by_sigterm(
     assert [b"closed" in text for text in said] == [True, False, True]
     assert before == [b"printed\n", b"printed\n", b""]
     assert printed == [b"", b"", b"printed\n"]
+
+
+@contextmanager
+def span(name: str, database: str = ":memory:") -> Iterator[Any]:
+    """The rule of llamabot's span in 0.19: no parent, and the exit writes to a database."""
+    try:
+        yield load_chapter(4).Session(name)
+    finally:
+        sqlite3.connect(database).close()
+
+
+def test_the_rules_of_llamabot_lose_what_chapter_04_keeps() -> None:
+    chapter = load_chapter(4)
+
+    def current_after_a_nested_block(opened: Any, current: Any) -> Any:
+        with opened("outer"), contextlib.ExitStack() as stack:
+            stack.enter_context(opened("inner"))
+            stack.close()
+            return current() and current().name
+
+    def late_call(opened: Any, current: Any) -> int:
+        with opened("block") as session:
+            task = contextvars.copy_context()
+        task.run(lambda: current().record(chapter.Call("late")))
+        return len(session.calls)
+
+    theirs = (chapter.recording, chapter.recorder.get)
+    ours = (chapter.smart_session, chapter.current_session)
+    apart = contextvars.copy_context()
+    assert apart.run(current_after_a_nested_block, *theirs) is None
+    assert current_after_a_nested_block(*ours) == "outer"
+    assert apart.run(late_call, *theirs) == 1
+    with pytest.raises(chapter.SessionClosedError):
+        late_call(*ours)
+    with span("outer"), span("inner") as inner:
+        assert inner.parent is None
+    with chapter.smart_session("outer") as outer, chapter.smart_session("inner") as inner:
+        assert inner.parent is outer
+    with pytest.raises(sqlite3.OperationalError), span("lost", "no such folder/spans.db"):
+        raise ValueError("the block's own")

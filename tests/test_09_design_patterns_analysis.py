@@ -119,9 +119,9 @@ def test_a_recorder_below_the_sdk_sees_each_attempt() -> None:
     busy = httpx2.Response(429, headers={"retry-after-ms": "1"})
     replies = iter([lambda request: busy] * 2 + [smart.stand_in])
     transport = httpx2.MockTransport(lambda request: next(replies)(request))
-    with smart.smart_session("retried") as session:
-        with smart.recording_client(transport) as client:
-            smart.ask("Are you there?", client=client)
+    with smart.recording_client(transport, api_key="offline") as client:
+        with smart.smart_session("retried", client=client) as session:
+            smart.ask("Are you there?")
     assert [call.error for call in session.calls] == ["HTTP 429", "HTTP 429", None]
 
 
