@@ -783,7 +783,7 @@ async def demo_cleanup() -> None:
     for name, now, later in results:
         text = _("`{name}`: leases released when the task ended: {now}, 60 ms later: {later}.")
         verdict(now == 1, text.format(name=name, now=now, later=later))
-    say(_("In `finish`, replace `asyncio.wait([task], …)` by `task`, and run demo 7 again."), "→ ")
+    say(_("In `finish`, replace `asyncio.wait(...)` by `task`, and run demo 7 again."), "→ ")
 
 
 async def stand_in(request: httpx2.Request) -> httpx2.Response:

@@ -719,9 +719,7 @@ def demo_generators() -> None:
         show_calls(session)
         result = _("`{code}`: caller itself recorded {n} of its 1 calls.")
         verdict(len(session.calls) == 1, result.format(code=code, n=len(session.calls)))
-    say(
-        _("In `isolated`, replace `context.run(next, …)` by `next(…)`, and run demo 4 again."), "→ "
-    )
+    say(_("In `isolated`, replace `context.run(...)` by `next(...)`, and run demo 4 again."), "→ ")
 
 
 def record_above(client: Any, session: Session) -> None:

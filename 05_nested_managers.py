@@ -887,9 +887,9 @@ def show_report(report: Mapping[str, Statistics]) -> None:
 def demo_monitor() -> None:
     """A monitor over twenty calls
 
-    Eighteen calls take 1, 2, 3, … 18 ms; the last two time out after 100 ms. (A fake clock plays
-    the time.) p50 is the 10th of twenty durations in order, p95 the 19th: half of the calls, and
-    95 of 100, are not slower. The mean would hide the two: it is 18.6 ms.
+    Eighteen calls take 1, 2, 3 and so on up to 18 ms; the last two time out after 100 ms. (A fake
+    clock plays the time.) p50 is the 10th of twenty durations in order, p95 the 19th: half of the
+    calls, and 95 of 100, are not slower. The mean would hide the two: it is 18.6 ms.
     """
     show_code(by_hand, measured)
     question(_("The calls that fail are the slow ones. Which version measures them?"))
