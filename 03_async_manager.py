@@ -91,7 +91,7 @@ async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> 
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            # subtle: `await task` would pass the cancellation on to it
+            # subtle: `await task` would cancel the cleanup, too
             await asyncio.wait([task], timeout=deadline - loop.time())
         except asyncio.CancelledError as error:
             cancelled = error
@@ -195,9 +195,9 @@ class GPUPool:
             async with pool.acquire(timeout=30) as gpu:
                 ...
 
-    At the end of the outer block, waiting tasks and new ones get PoolClosedError, and the pool
-    waits until all devices are back. If that wait is cancelled, the pool is closed all the same,
-    and each device comes back when its block ends. A pool opens once, in one event loop.
+    When the outer block ends, waiting and later tasks get PoolClosedError, and the pool waits
+    until all devices are released. If that wait is cancelled, the pool stays closed, and each
+    device is released when its own block ends. A pool opens once, in one event loop.
     """
 
     def __init__(self, gpus: Iterable[GPU]) -> None:
@@ -274,7 +274,7 @@ class GPUPool:
             self._all_back.set()
 
     def _give_up(self, waiter: asyncio.Future[GPU]) -> None:
-        """Leave the line. A device that was handed over in this very tick goes to the next task."""
+        """Leave the line. If the waiter already holds a device, hand it to the next one."""
         self._waiters.pop(waiter, None)
         waiter.cancel()
         served = not waiter.cancelled() and waiter.exception() is None
@@ -299,7 +299,7 @@ class Usage:
 
 
 class AsyncLLMSession:
-    """A conversation whose turns are taken one at a time, in the order of the calls.
+    """A conversation that takes one turn at a time, in the order of the calls.
 
     `messages` holds whole turns only, and `usage` is the sum of their tokens.
     """
@@ -379,9 +379,9 @@ async def async_llm_session(
     Without a `client`, the session makes one from the OPENAI_... variables, and closes it when the
     block ends. All sessions that are given the same `max_concurrency` share its limit.
 
-    The end of the block does not wait for a turn of another task, and does not cancel that task:
-    the turn then raises SessionClosedError, and is not recorded. If the session made the client,
-    closing it ends the call, too.
+    When the block ends, it neither awaits nor cancels a turn under way in another task: that
+    turn raises SessionClosedError, and is not recorded. If the session made the client, closing
+    it ends the call, too.
     """
     slots = max_concurrency or nullcontext()
     session = AsyncLLMSession(name, model, client or AsyncOpenAI(), slots)
@@ -511,7 +511,7 @@ async def demo_async_manager() -> None:
     block and a logout take 30 ms each. In the chart, `-` is set-up or cleanup, and `=` the block.
     """
     show_code(blocking, awaiting)
-    question(_("Three tasks enter such a block. After how many ms is the last one done, each way?"))
+    question(_("Three tasks enter such a block. After how many ms does the last one end?"))
     results = []
     with Chart() as chart:
         for title, task in (
@@ -548,7 +548,7 @@ async def demo_pool() -> None:
     training.) In the chart, a row is a device, and a letter is a job.
     """
     show_code(train)
-    question(_("The jobs A to I ask in this order. Which job gets the first device that is free?"))
+    question(_("Jobs A to I ask in this order. Which one gets the first device that is released?"))
     jobs = dict(zip("ABCDEFGHI", (9, 4, 6, 3, 5, 8, 4, 7, 5), strict=True))
     with Chart() as chart:
         async with GPUPool(discover_gpus()) as pool, asyncio.TaskGroup() as group:
@@ -589,11 +589,12 @@ def filled_queue() -> Queue:
 async def demo_queue() -> None:
     """A queue as a pool
 
-    Is an `asyncio.Queue` of devices a pool: `get` a device, then `put` it back? `put` only wakes
-    a waiter. A task that calls `get` before the waiter runs takes the device away from it.
-    `GPUPool` hands the device to the waiter, so it is never free in between.
+    An `asyncio.Queue` of devices looks like a pool: `get` a device, then `put` it back. But
+    `put` only wakes a waiter. Any task that calls `get` before the waiter runs takes the
+    device. `GPUPool._hand_on` gives the device to the waiter directly, so nobody else can take
+    it.
     """
-    show_code(get_and_put, GPUPool._hand_on)
+    show_code(take_turns, get_and_put, GPUPool._hand_on)
     question(_("A and B share a device. How many of 20 turns does A take before B's first?"))
     async with GPUPool(DEVICES[:1]) as pool:
         by_queue: Any = partial(get_and_put, filled_queue())
@@ -642,8 +643,8 @@ async def demo_lost_device() -> None:
     """An `await` between taking and `try`
 
     Any `await` can raise CancelledError. If it stands between taking a device and the `try`,
-    then nothing gives the device back, and every later task waits for ever. Here `load_model`
-    takes 30 ms. Job A has 15 ms for it, job B has 100 ms, and there is one device.
+    the device is never released, and every later task waits forever. Here `load_model` takes 30
+    ms. Job A has 15 ms for it, job B has 100 ms, and there is one device.
     """
     show_code(loaded_too_early)
     question(_("A runs out of time while it loads its model. What becomes of B?"))
@@ -664,11 +665,11 @@ class CarelessPool(GPUPool):
 
 
 async def demo_served_and_cancelled() -> None:
-    """Cancelled in the tick in which it was served
+    """Served and cancelled in the same tick
 
     A releases the device to B, which waits for it. In the same turn of the event loop, before B
     runs again, B is cancelled. B's `await` raises CancelledError, but B's future already holds
-    the device. Whoever leaves the line must look, and hand the device on to C.
+    the device. So B must check its future, and hand the device on to C.
     """
     show_code(CarelessPool._give_up)
     question(_("B is cancelled, and C waits for at most 100 ms. Does C get the device?"))
@@ -718,7 +719,7 @@ async def demo_siblings() -> None:
     all jobs. In the chart, an `x` is a block that an error ended; `caller` is the awaiting code.
     """
     show_code(job, in_gather, in_a_group)
-    question(_("The error reaches the caller. How many devices are still in use then, each way?"))
+    question(_("The error reaches the caller. How many devices are still in use, in each case?"))
     results = []
     with Chart() as chart:
         for title, run in (
@@ -766,7 +767,9 @@ async def demo_cleanup() -> None:
     lease: a round trip of 30 ms.
     """
     show_code(hold, release)
-    question(_("The task is cancelled twice. Which of the three versions release the lease?"))
+    question(
+        _("The task is cancelled twice. Which versions release the lease before the task ends?")
+    )
     runs, results = {}, []
     for protect in (unprotected, asyncio.shield, finish):
         released: list[str] = []
@@ -867,7 +870,7 @@ DEMOS = (
     demo_sessions,
 )
 KEY_POINTS = """\
-* Among tasks, `await` set-up and cleanup: a blocking call stops every other task.
+* In a coroutine, `await` set-up and cleanup: a blocking call stops every other task.
 * Never put an `await` between taking a resource and the `try` that releases it.
 * Hand a freed resource to the first waiter in line. Waking that waiter is not enough.
 * A cancelled waiter may already hold a resource: hand it on.

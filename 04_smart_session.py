@@ -146,7 +146,7 @@ class Session:
             self.entries.append(call)
 
     def complete(self, call: Call, **facts: Any) -> None:
-        """Fill in what became of a call. If the block has ended, change nothing."""
+        """Fill in the outcome of a call. If the block has ended, change nothing."""
         with self._lock:
             if not self.closed:
                 vars(call).update(facts)
@@ -156,7 +156,7 @@ class Session:
         if self.closed:
             raise SessionClosedError(
                 f"session {self.name!r} is closed, because its block has ended: "
-                "what goes on needs a `with smart_session(...):` of its own"
+                "open a new `with smart_session(...):` for this call"
             )
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ def smart_session(
 
 
 def restore(session: Session, token: Token[Session | None]) -> None:
-    """Make current what was current before `session`, unless a block inside is still open."""
+    """Restore what was current before `session`, unless a nested block is still open."""
     innermost = _current.get()
     try:
         _current.reset(token)
@@ -228,7 +228,7 @@ def innermost_open(session: Session | None) -> Session | None:
 
 
 def isolated(generator: Generator[T, None, object]) -> Generator[T, None, None]:
-    """Yield the same items, but keep a session that the generator opens from the caller.
+    """Run the generator in its own context, so that its session does not leak to the caller.
 
     The steps run in one context, copied at the first one. For an asynchronous generator, open
     the session around the loop instead.
@@ -312,7 +312,7 @@ def recording_client(
 ) -> OpenAI:
     """Make an OpenAI client that records each call in the session current where it is made.
 
-    Code that uses the client need not know. A call without a session is sent, and a warning is
+    Code that uses the client needs no change. A call without a session is sent, and a warning is
     logged. The client sends through `transport`, by default with the connection limits of the SDK
     but without HTTPS_PROXY: for a proxy, pass `httpx2.HTTPTransport(proxy=...)`. `price` returns
     what tokens cost, by default today's list price. The options are those of OpenAI.
@@ -356,7 +356,7 @@ FLAVORS = {"completions": "chat", "responses": "responses", "embeddings": "embed
 
 
 class RecordingTransport(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
-    """A transport that hands each request to another one, and records it."""
+    """A transport that records each request, and forwards it to another transport."""
 
     def __init__(self, transport: Any, clock: Clock, price: Price) -> None:
         self._transport, self._clock, self._price = transport, clock, price
@@ -624,11 +624,11 @@ def demo_token() -> None:
 
     `set` returns a Token that remembers the value before, and `reset(token)` restores it: the
     outer session is current again, if that line runs. Nobody passes a session to `ask`, which
-    looks for the current one. In the trees, calls are numbered in the order in which they were
-    made. (The stand-in bills a token for each word, at OpenAI's prices.)
+    looks for the current one. The trees number the calls in order. `1 → 4 tokens` is one in,
+    four out. (The stand-in bills a token a word: $0.15 a million in, $0.60 out.)
     """
     show_code(article, careless_session)
-    question(_("Inside the session article, the block raises. Who records the third call?"))
+    question(_("The block of `title` raises. Which session records the third call?"))
     for opened, pieces in ((careless_session, []), (smart_session, [restore])):
         with asking_session("article") as session, bracket("article"), trace() as path:
             copy_context().run(article, opened)
@@ -701,10 +701,10 @@ def read_one(items: Iterator[str]) -> None:
 def demo_generators() -> None:
     """A suspended generator leaks its session
 
-    A generator runs in its caller's context. While it is suspended at `yield`, its block has not
-    ended, so its session is current for the caller, too. No manager inside the generator can
-    prevent that. `isolated` runs each step in a context of the generator's own. Or open the
-    session in the caller, around the loop.
+    A generator runs in its caller's context. While it is suspended at `yield`, its block has
+    not ended, so its session is current for the caller, too. No manager inside the generator
+    can prevent that. `isolated` runs each step in the generator's own context. Or the caller
+    opens the session, around the loop.
     """
     show_code(read_one, answers)
     question(_("Call 1 is the generator's. Call 2 is the caller's own: who records it?"))
@@ -753,10 +753,11 @@ def show_requests(server: Server, session: Session) -> None:
 def demo_recording_client() -> None:
     """A client that records every call
 
-    `somebody_elses` has never heard of sessions. A wrapper around `create` sees what goes into the
-    SDK and comes out: no retry, and a stream without its tokens. A transport below the SDK sees
-    each request, and reads each reply as it passes. The last stream is left after one event: its
-    tokens stay unknown. (The server is always a stand-in. It is busy at first, so the SDK retries.)
+    `somebody_elses` has never heard of sessions. A wrapper around `create` sees only what
+    enters and leaves the SDK. It misses retries, and a stream's tokens. A transport below the
+    SDK sees each request, and reads each reply as it passes. The last stream is left after one
+    event: its tokens stay unknown. (The server is always a stand-in. It is busy at first, so
+    the SDK retries.)
     """
     show_code(somebody_elses, record_above)
     question(_("Three calls, and the first one is sent twice. How many does the wrapper record?"))
@@ -799,8 +800,8 @@ def demo_llamabot() -> None:
     """llamabot's rule: `None`, without a Token
 
     This chapter owes its idea to llamabot, whose `PromptRecorder` kept itself in a `ContextVar`
-    (removed after 0.11.9). On exit, it set the variable to `None`. Without a Token, nobody knows
-    the outer one any more. (`recording` is that rule in our own words; chapter 06 compares more.)
+    (removed after 0.11.9). On exit, it set the variable to `None`. Without a Token, the outer
+    session is lost. (`recording` is that rule in our own words; chapter 06 compares more.)
     """
     show_code(nested, recording)
     question(_("The inner block has ended, the outer one has not. What does `current()` return?"))
@@ -823,7 +824,7 @@ DEMOS = (
     demo_llamabot,
 )
 KEY_POINTS = """\
-* A global belongs to all tasks. A `ContextVar` has a value for each task and each thread.
+* All tasks share a global. A `ContextVar` has a value for each task and each thread.
 * Keep the Token that `set()` returns, and `reset()` with it in a `finally`.
 * A task keeps its copy of the context: a session whose block has ended must refuse its calls.
 * Run a thread's job in a copy of the context, and a generator in a context of its own.

@@ -84,7 +84,7 @@ def format_usd(amount: Decimal) -> str:
 
 
 class Scope:
-    """What can be used only inside the `with` block that made it."""
+    """An object that works only inside the `with` block that made it."""
 
     closed_error: type[RuntimeError] = RuntimeError
 
@@ -161,8 +161,8 @@ class Budget(Scope):
     A child's calls count on every level above it. Each level adds up the reservations that it
     knows, so that a call is settled on all levels in one step, which no signal can divide.
 
-    A forked process gets a copy, and copies know nothing of each other: open a new budget there.
-    Do not reserve in a signal handler or a `__del__`: it could wait for its own thread.
+    A forked process gets a copy, and copies know nothing of each other: open a new budget
+    there. Do not reserve in a signal handler or a `__del__`: it could deadlock.
     """
 
     def __init__(self, limit: Dollars, name: str, parent: Budget | None = None) -> None:
@@ -174,7 +174,7 @@ class Budget(Scope):
         self._ledger: tuple[Decimal, tuple[Reservation, ...]] = (Decimal(0), ())
 
     def balance(self) -> Balance:
-        """Return the amounts of one moment. Read one by one, they may be of several."""
+        """Return all amounts at the same moment. The properties, read in turn, may disagree."""
         spent, under_way = self._add_up()
         reserved = Decimal(0)
         for reservation in under_way:
@@ -217,7 +217,7 @@ class Budget(Scope):
             yield reservation
         finally:
             unknown = not reservation._outcome
-            # subtle: not `settle`. Ctrl-C as that starts to run would leave the call unbooked.
+            # subtle: not `settle`. Ctrl-C during that call could leave the cost unrecorded.
             reservation._outcome.setdefault("cost", worst)
             if unknown:
                 amount = format_usd(worst)
@@ -442,10 +442,10 @@ class Session(Scope):
     def ask(self, prompt: str, settle: Callable[[Decimal], object] = lambda cost: None) -> str:
         """Ask, and return the answer. Call `settle` with the cost, if that is known.
 
-        A turn that fails is not in `messages`. If the block ends during a turn, it waits for
-        nothing and stops nothing: the call goes on and its cost counts, but then this raises
-        SessionClosedError. Raises RuntimeError if another thread is in a turn, ReplyError if the
-        reply is not a whole answer, openai.OpenAIError if there is no reply.
+        A turn that fails is not in `messages`. If the block ends during a turn, the call goes
+        on and its cost counts, but `ask` raises SessionClosedError. Raises RuntimeError if
+        another thread is in a turn, ReplyError if the reply is not a whole answer,
+        openai.OpenAIError if there is no reply.
         """
         if not self._turn.acquire(blocking=False):
             raise RuntimeError(f"session {self.name!r} is in a turn: it takes one at a time")
@@ -531,7 +531,7 @@ def session(
 
 @dataclass(frozen=True)
 class GovernedSession:
-    """A session whose every call is paid from a budget, measured, and saved in a database."""
+    """A session that pays each call from a budget, measures it, and saves it in a database."""
 
     budget: Budget
     monitor: Monitor
@@ -687,9 +687,10 @@ def on_a_stack(*layers: Any) -> None:
 def demo_three_ways() -> None:
     """Three ways to nest, and the order in which they end
 
-    Nested blocks, one block with several managers, and an `ExitStack`. All three exit the layers
-    in reverse order. Here the block fails, and then the cleanup of `b` fails, too. `a` is cleaned
-    up anyway, and the error that propagates has the block's error as its `__context__`.
+    Nested blocks, one block with several managers, and an `ExitStack`. All three exit the
+    layers in reverse order. Here `work` raises ZeroDivisionError, then the cleanup of `b`
+    raises OSError. `a` is cleaned up anyway. OSError propagates, with the first error as its
+    `__context__`.
     """
     show_code(nested, in_one_block, on_a_stack)
     question(_("`work` raises, and so does the cleanup of `b`. Which layers are cleaned up?"))
@@ -749,13 +750,14 @@ async def all_at_once(call: Any, team: Any, chats: list[Session]) -> int:
 def demo_never_overspent() -> None:
     """Ten calls at once, and money for one
 
-    The worst case of a call is bounded, not estimated: a request of 3,000 bytes has at most 3,000
-    tokens. At $0.15 a million, and with 500 tokens of answer at $0.60, it costs up to $0.00075.
-    The limit is $0.001. `check_then_call` looks first and pays later; `reserve_then_call` sets
-    the worst case aside first. (The stand-in bills 750 and 500 tokens: $0.0004125.)
+    The worst case of a call is bounded, not estimated: a request of 3,000 bytes has at most
+    3,000 tokens. At $0.15 a million in and $0.60 out, and with at most 500 tokens out, it costs
+    at most $0.00075. The limit is $0.001. `check_then_call` looks first and pays later;
+    `reserve_then_call` sets the worst case aside first. (The stand-in bills 750 and 500 tokens:
+    $0.0004125.)
     """
     show_code(check_then_call, reserve_then_call)
-    question(_("Ten tasks start at once. How many of them find money, and how many pay?"))
+    question(_("Ten tasks start at once. How many calls does each version send?"))
     for call in (check_then_call, reserve_then_call):
         with ExitStack() as stack:
             chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
@@ -803,13 +805,16 @@ def keep_open(step: Budget, bill: list[int]) -> None:
 def demo_nested_budgets() -> None:
     """Budgets inside budgets, and calls that time out
 
-    A reservation must fit on its own level and on every level above it. Whoever times out does
-    not know the outcome: here the provider bills $15, but the answer comes too late. So the rule
-    of the ledger: if the outcome is unknown, the worst case is spent. Give back only what was
-    certainly not billed: a call that was never sent, or one that got an HTTP error.
+    A reservation must fit on its own level and on every level above it. A caller that times out
+    does not know the outcome: here the provider bills $15, but the answer comes too late. So if
+    the outcome is unknown, the whole worst case counts as spent. Settle at 0 only a call that
+    was certainly not billed: never sent, or refused with an HTTP error. In the bars, █ is
+    spent, ▒ is reserved.
     """
     show_code(slow_call, give_back, keep_open)
-    question(_("Six calls are tried, and each one times out. How many are sent? Who refuses?"))
+    question(
+        _("Six calls are tried. Each call that is sent times out. How many are sent? Who refuses?")
+    )
     for call in (give_back, keep_open):
         bill: list[int] = []
         first: list[int] = []
@@ -834,7 +839,9 @@ def demo_nested_budgets() -> None:
                 say(f"{n}: {outcome}")
                 first = run if n == 1 else first
             show_money(team, agent, step)
-        result = _("`{call}`: {sent} sent; the provider bills ${billed}, the budget has {spent}.")
+        result = _(
+            "`{call}`: {sent} sent; billed by the provider: ${billed}, by the budget: {spent}."
+        )
         sent, billed, spent = len(bill), sum(bill), format_usd(step.spent)
         result = result.format(call=call.__name__, sent=sent, billed=billed, spent=spent)
         verdict(billed <= step.spent, result)
@@ -938,10 +945,11 @@ class SaveOutside(GovernedSession):
 def demo_governed_session() -> None:
     """The four as one, and two layers that swap places
 
-    `governed_session` composes a budget, a monitor, a transaction and a session. The order counts.
-    A call is refused before it is measured or sent. The transaction comes last, because it holds
-    the write lock of the database, and a model may take a minute to answer. In `SaveOutside` it
-    comes first. The block below asks once, and then a tool in it fails.
+    `governed_session` composes a budget, a monitor, a transaction and a session. The order
+    matters. A call is refused before it is measured or sent. A transaction holds the write lock
+    of the database, and a model may take a minute to answer. The first `ask` below, of
+    `SaveOutside`, calls the model inside the transaction; the second, of `GovernedSession`,
+    before it. Each run asks once, then a tool fails. (The empty transaction creates the table.)
     """
     show_code(SaveOutside.ask, GovernedSession.ask)
     question(_("While the model answers, a second conversation saves a turn. Does that work?"))

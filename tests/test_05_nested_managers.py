@@ -1070,8 +1070,8 @@ def test_ten_calls_at_once_overspend_unless_they_reserve(capsys: Capsys) -> None
 def test_calls_that_time_out_are_free_only_in_the_broken_version(capsys: Capsys) -> None:
     output = played(3, capsys)
     assert verdicts(output) == [
-        "✗ `give_back`: 6 sent; the provider bills $90, the budget has $0.",
-        "✓ `keep_open`: 2 sent; the provider bills $30, the budget has $40.",
+        "✗ `give_back`: 6 sent; billed by the provider: $90, by the budget: $0.",
+        "✓ `keep_open`: 2 sent; billed by the provider: $30, by the budget: $40.",
     ]
     assert output.count("agent refuses") == 4
     assert "agent ████████████████████ █ $40 ▒ $0 · $0 left" in output
