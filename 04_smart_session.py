@@ -41,7 +41,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing, closing, contextmanager, suppress
 from contextvars import ContextVar, Token, copy_context
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -71,6 +71,7 @@ Clock = Callable[[], float]  # returns seconds since some fixed moment
 Price = Callable[[Usage, str], Decimal]  # returns the US dollars for a model's tokens
 Client = OpenAI | AsyncOpenAI
 DEFAULT_MODEL = "gpt-4o-mini"
+EXACT = Context(prec=50)  # for money, whatever precision the caller works with
 logger = logging.getLogger("workshop.smart_session")
 
 
@@ -136,7 +137,7 @@ class Session:
                 raise LookupError(
                     f"the price of {call.model!r} is unknown: pass price=... to `recording_client`"
                 )
-            total += call.cost or 0
+            total = EXACT.add(total, call.cost or 0)
         return total
 
     def record(self, call: Call) -> None:
@@ -169,7 +170,10 @@ _current: ContextVar[Session | None] = ContextVar("current_session", default=Non
 
 
 def current_session() -> Session | None:
-    """Return the innermost session. A task that outlives its session still gets it, closed."""
+    """Return the innermost session.
+
+    A task that outlives its session still gets it, closed, until it opens a session of its own.
+    """
     return _current.get()
 
 
@@ -184,11 +188,11 @@ def smart_session(
     inherit the session. Threads and executors do not: let them run `copy_context().run`.
 
     The end of the block waits for no call and cancels none. A call that is still under way raises
-    SessionClosedError when its reply arrives, and its tokens and cost are not recorded.
+    SessionClosedError if a reply arrives, or at a retry. Its tokens and cost are not recorded.
 
     If blocks end out of order, the innermost open session stays current. If a block ends in another
-    context (in a thread, or when the event loop finalizes a generator), the closed session stays
-    current in the context where the block began, and a warning is logged.
+    context (in a thread, or when the event loop finalizes a generator), a warning is logged, and
+    the closed session stays current where the block began, until another session opens there.
     """
     parent = innermost_open(current_session())
     session = Session(name, model, client, parent)
@@ -230,8 +234,9 @@ def innermost_open(session: Session | None) -> Session | None:
 def isolated(generator: Generator[T, None, object]) -> Generator[T, None, None]:
     """Run the generator in its own context, so that its session does not leak to the caller.
 
-    The steps run in one context, copied at the first one. For an asynchronous generator, open
-    the session around the loop instead.
+    It is for a `for` loop: no send, no throw, and the return value is lost. The steps run in one
+    context, copied at the first one. For an asynchronous generator, open the session around the
+    loop instead.
     """
     context, end = copy_context(), object()
     try:
@@ -283,8 +288,10 @@ def asking(kind: type[T]) -> Iterator[tuple[T, str]]:
         )
     try:
         yield clients[0], model
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # the SDK lets them through
-        raise ReplyError(f"the reply is not JSON: {error}") from error
+    except UnicodeEncodeError:
+        raise  # the request is at fault: the prompt, or the API key
+    except (ValueError, RecursionError) as error:  # the SDK lets them through
+        raise ReplyError(f"the reply is not JSON that Python reads: {error}") from error
     session.check_open()
 
 
@@ -338,16 +345,22 @@ def async_recording_client(
     return AsyncOpenAI(http_client=http_client, **options)
 
 
+CREDENTIALS = ("api_key", "admin_api_key", "workload_identity", "provider")  # options of the SDK
+
+
 def client_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return options for the SDK's client. Raises TypeError for `http_client`."""
     if "http_client" in options:
         raise TypeError("a recording client makes its http_client: pass the transport=... of yours")
-    return {"api_key": os.environ.get("OPENAI_API_KEY", "none"), **options}  # Ollama needs no key
+    if all(options.get(name) is None for name in CREDENTIALS):
+        options["api_key"] = os.environ.get("OPENAI_API_KEY") or "none"  # Ollama needs no key
+    return options
 
 
 def list_price(usage: Usage, model: str) -> Decimal:
     """Return today's price by genai-prices. Raises LookupError if it does not know the model."""
-    return calc_price(usage, model, provider_id="openai").total_price
+    with localcontext(EXACT):
+        return calc_price(usage, model, provider_id="openai").total_price
 
 
 PLAIN = {"accept-encoding": "identity"}  # a compressed reply cannot be read as it passes

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import operator
 import os
+import signal
 import sys
 import threading
 import time
@@ -33,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"LANGUAGE": "en", "COLUMNS": "80"}
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
+
+# A shell starts a background job with SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PATIENCE = 1.0  # seconds that a reaper thread or a closing transport has to finish its work
 

@@ -14,7 +14,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from functools import partial
 from itertools import count
 from typing import Any
@@ -24,6 +24,7 @@ import openai
 import pytest
 from conftest import load_chapter
 from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way
+from openai.providers import bedrock
 
 chapter = load_chapter(4)
 smart_session, current_session = chapter.smart_session, chapter.current_session
@@ -198,6 +199,18 @@ def test_ask_refuses_an_answer_that_comes_after_its_block() -> None:
             ask("slow")
 
 
+def test_a_retry_after_the_block_raises_and_is_not_sent() -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        current_session().close()
+        sent.append(request)
+        return httpx2.Response(500, headers=NO_RETRY_DELAY)
+
+    sent: list[httpx2.Request] = []
+    with asking_session("block", handler), pytest.raises(SessionClosedError):
+        ask("slow")
+    assert len(sent) == 1
+
+
 def test_what_outlives_its_session_nests_in_an_open_one() -> None:
     def late() -> Any:
         with smart_session("late") as session:
@@ -207,7 +220,9 @@ def test_what_outlives_its_session_nests_in_an_open_one() -> None:
         with smart_session("inner"):
             copy = contextvars.copy_context()  # as a task has it
         assert copy.run(late).parent is outer
+    assert copy.run(current_session) is outer  # `late` put it in the place of `inner`
     assert copy.run(late).parent is None
+    assert copy.run(current_session) is None
 
 
 def inherited() -> bool:
@@ -314,10 +329,13 @@ def test_ask_returns_a_content_a_refusal_or_tool_calls(reply: Any, answer: str) 
         assert ask("Is it?") == answer
 
 
+JSON = {"content-type": "application/json"}
 NOT_WHOLE = {
     "HTML": {"html": "<p>Please log in</p>"},
-    "cut off": {"content": b'{"choi', "headers": {"content-type": "application/json"}},
-    "not UTF-8": {"content": b"\xff\xfe\xff", "headers": {"content-type": "application/json"}},
+    "cut off": {"content": b'{"choi', "headers": JSON},
+    "not UTF-8": {"content": b"\xff\xfe\xff", "headers": JSON},
+    "long number": {"content": b'{"created": %s}' % (b"9" * 5000), "headers": JSON},
+    "deep": {"content": b"[" * 100_000, "headers": JSON},
     "nothing": {"content": b""},
     "error": {"json": {"error": {"message": "overloaded"}}},
     "null": {"json": None},
@@ -335,6 +353,11 @@ def test_ask_raises_if_the_answer_is_not_whole(reply: dict[str, Any]) -> None:
         with pytest.raises(ReplyError):
             ask("Is it?")
     assert len(session.calls) == 1
+
+
+def test_a_prompt_that_cannot_be_sent_is_no_reply_error() -> None:
+    with asking_session("surrogate"), pytest.raises(UnicodeEncodeError):
+        ask("\ud800")
 
 
 # --- The contract ---
@@ -400,6 +423,14 @@ def test_a_call_is_recorded_with_model_tokens_cost_and_duration() -> None:
     assert "yes" not in repr(call)
 
 
+def test_costs_do_not_depend_on_the_decimal_precision_of_the_caller() -> None:
+    with localcontext(prec=2), asking_session("rough", answering(prompt_tokens=1234)) as session:
+        ask("one")
+        ask("two")
+        assert [call.cost for call in session.calls] == [Decimal("0.0001863")] * 2
+        assert session.cost == Decimal("0.0003726")
+
+
 def test_the_responses_api_and_embeddings_are_understood() -> None:
     usage = {"input_tokens": 1234, "output_tokens": 567, "total_tokens": 1801}
     details = {"input_tokens_details": {"cached_tokens": 1000}}
@@ -448,6 +479,32 @@ def test_transports_have_the_limits_of_the_sdk_and_replace_http_client(
         with pytest.raises(TypeError, match="pass the transport="):
             make(http_client=object())
     assert limits == [openai.DEFAULT_CONNECTION_LIMITS] * 2
+
+
+WORKLOAD = {"identity_provider_id": "i", "service_account_id": "s"} | {
+    "provider": {"token_type": "jwt", "get_token": lambda: "token"}
+}
+
+
+@pytest.mark.parametrize(
+    ("variable", "options", "key"),
+    [
+        ("sk-env", {}, "sk-env"),
+        ("", {}, "none"),
+        ("sk-env", {"api_key": None}, "sk-env"),
+        ("sk-env", {"api_key": "sk-own"}, "sk-own"),
+        ("", {"admin_api_key": "sk-admin"}, ""),
+        ("sk-env", {"workload_identity": WORKLOAD}, "workload-identity-auth"),
+        ("sk-env", {"provider": bedrock(region="us-east-1", api_key="b")}, ""),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_key_is_filled_in_only_if_there_is_no_other_credential(
+    variable: str, options: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", variable)
+    for make in (recording_client, async_recording_client):
+        assert make(**options).api_key == key
 
 
 STRANGE = [
