@@ -135,7 +135,8 @@ def list_price(usage: Usage, model: str, at: datetime | None = None) -> Decimal:
         output_tokens=usage.output_tokens,
     )
     try:
-        found = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
+        with decimal.localcontext(EXACT):
+            found = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
     except LookupError:
         raise LookupError(f"the price of {model!r} is unknown: pass price=...") from None
     return found.total_price

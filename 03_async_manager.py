@@ -339,7 +339,9 @@ class AsyncLLMSession:
             )
         except Exception as error:
             self._check_open()
-            if isinstance(error, ValueError):
+            if isinstance(error, UnicodeEncodeError):
+                raise  # the prompt, not the answer: nothing was sent
+            if isinstance(error, ValueError | RecursionError):
                 raise ReplyError(f"the answer is not JSON: {error}") from error
             raise
         self._check_open()

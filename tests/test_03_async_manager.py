@@ -641,6 +641,7 @@ FAILURES = {
     "status 503": (httpx2.Response(503, text="line 1\nline 2"), "503"),
     "HTML": (httpx2.Response(200, html="<h1>Proxy error</h1>"), "Proxy error"),
     "broken JSON": (httpx2.Response(200, text='{"choi', headers=JSON), "not JSON"),
+    "deep JSON": (httpx2.Response(200, text="[" * 100_000, headers=JSON), "not JSON"),
     "an error": (httpx2.Response(200, json={"error": {"message": "overloaded"}}), "overloaded"),
     "nothing": (httpx2.Response(200, json={}), "no whole chat completion"),
     "null": (httpx2.Response(200, json=None), "no whole chat completion"),
@@ -667,6 +668,14 @@ async def test_an_answer_that_is_not_whole_records_nothing(
             await session.ask("?")
         assert (session.messages, session.usage) == ([], chapter.Usage(0, 0))
         assert await session.ask("?") == "Yes."
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_cannot_be_sent_is_not_blamed_on_the_answer() -> None:
+    async with session_with(lambda request: completion()) as session:
+        with pytest.raises(UnicodeEncodeError):
+            await session.ask("\ud800")
+        assert session.messages == []
 
 
 @pytest.mark.asyncio
