@@ -39,7 +39,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal, localcontext
 from functools import partial
 from pathlib import Path
@@ -74,9 +74,9 @@ def money(amount: Dollars, what: str) -> Decimal:
         kind = type(amount).__name__
         raise TypeError(f"{what} is {amount!r}, a {kind}: pass an exact one, Decimal('0.25')")
     exact = Decimal(amount)
-    if not (exact.is_finite() and 0 <= exact < 1_000_000):
+    if not (exact.is_finite() and 0 <= exact <= Decimal("999999.999999999999")):
         raise ValueError(f"{what} is {exact}: pass dollars from 0 to below a million")
-    return exact.quantize(Decimal("1e-12"), ROUND_CEILING, EXACT)
+    return exact.copy_abs().quantize(Decimal("1e-12"), ROUND_CEILING, EXACT)  # abs: no "-0"
 
 
 def format_usd(amount: Decimal) -> str:
@@ -142,7 +142,7 @@ class Reservation:
     def settle(self, actual: Dollars) -> None:
         """Record what the call cost. The rest of the worst case can be reserved again at once.
 
-        Settle at 0 only a call that was certainly not billed. A cost above the worst case is
+        Settle at 0 only a call that was not billed. A cost above the worst case is
         recorded, too, and logged. Raises RuntimeError if the reservation is settled already.
         """
         cost = money(actual, "the actual cost")
@@ -226,13 +226,17 @@ class Budget(Scope):
     def _add(self, reservation: Reservation) -> None:
         with self._lock:  # nobody reserves between the check and the addition
             for level in self._levels:
-                level.check_open()
-                balance = level.balance()
-                if reservation.worst_case > balance.remaining:
-                    raise BudgetExceededError(level.name, balance, reservation.worst_case)
+                # subtle: not `if` here. Ctrl-C after it would keep the lock, on Python 3.13.0.
+                level._check_fits(reservation.worst_case)
             for level in self._levels:
                 spent, under_way = level._add_up()
                 level._ledger = (spent, (*under_way, reservation))
+
+    def _check_fits(self, worst_case: Decimal) -> None:
+        self.check_open()
+        balance = self.balance()
+        if worst_case > balance.remaining:
+            raise BudgetExceededError(self.name, balance, worst_case)
 
     def _add_up(self) -> tuple[Decimal, list[Reservation]]:
         """Return what was spent, and the reservations that are still under way."""
@@ -339,8 +343,11 @@ def monitor(
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Commit what the block did to the database, or roll all of it back if the block raises.
 
-    Raises RuntimeError if a transaction is already open (chapter 01 says more).
+    Raises RuntimeError if a transaction is already open, or if the connection has an `autocommit`
+    (chapter 01 says more).
     """
+    if getattr(connection, "autocommit", -1) != -1:  # -1, the default, came with Python 3.12
+        raise RuntimeError("the connection has autocommit set: connect without it")
     if connection.in_transaction:
         raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
     # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
@@ -376,17 +383,19 @@ def list_price(model: str, input_tokens: int, output_tokens: int, cached: int) -
 
 
 def was_refused(error: openai.OpenAIError) -> bool:
-    """Return whether a failed call was certainly not billed: never sent, or an HTTP error.
+    """Return whether a failed call can be given back.
 
-    A gateway's status (408, 502, 504, 524) does not count: the model behind it may go on.
+    That is so only if the connection failed, or with an HTTP error that providers do not bill.
+    A gateway's status, such as 408 or 504, does not count: the model behind it may go on.
     """
     if isinstance(error, openai.APIStatusError):
-        return error.status_code not in (408, 502, 504, 524)
+        status = error.status_code
+        return status in (500, 503, 529) or (400 <= status < 500 and status not in (408, 499))
     never_sent = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout
     return isinstance(error.__cause__, never_sent)
 
 
-def message_of(completion: Any) -> ChatCompletionMessage:
+def message_of(completion: Any) -> dict[str, Any]:
     """Return the message of a whole answer: one with a finish reason and something said.
 
     Raises ReplyError for anything else that a server may send.
@@ -394,12 +403,35 @@ def message_of(completion: Any) -> ChatCompletionMessage:
     choices = getattr(completion, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = getattr(choice, "message", None)
-    if isinstance(message, ChatCompletionMessage) and getattr(choice, "finish_reason", None):
-        said = isinstance(message.content, str) or isinstance(message.refusal, str)
-        if said or message.tool_calls:
-            return message
-    reply = completion.to_dict(warnings=False) if hasattr(completion, "to_dict") else completion
-    raise ReplyError(f"the reply is not a whole answer: {textwrap.shorten(str(reply), 200)}")
+    shown = "not UTF-8, or nested too deeply"
+    with suppress(ValueError, RecursionError):
+        if isinstance(message, ChatCompletionMessage) and getattr(choice, "finish_reason", None):
+            parts = {"content", "refusal", "tool_calls"}
+            said = message.model_dump(include=parts, exclude_none=True, warnings=False)
+            json.dumps(said, ensure_ascii=False).encode()  # the next request must hold it, too
+            calls = said.get("tool_calls", [])
+            texts = [said[part] for part in ("content", "refusal") if part in said]
+            if (
+                all(isinstance(text, str) for text in texts)
+                and isinstance(calls, list)
+                and all(isinstance(call, dict) for call in calls)
+                and (texts or calls)
+            ):
+                return {"role": "assistant", **said}
+        whole_reply = getattr(completion, "to_dict", lambda warnings: completion)
+        shown = str(whole_reply(warnings=False))
+    raise ReplyError(f"the reply is not a whole answer: {textwrap.shorten(shown, 200)}")
+
+
+@contextmanager
+def one_turn(lock: threading.Lock, name: str) -> Iterator[None]:
+    """Hold the lock for a turn. Raises RuntimeError if another turn holds it."""
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(f"session {name!r} is in a turn: it takes one at a time")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Session(Scope):
@@ -433,7 +465,8 @@ class Session(Scope):
         """Return the most that asking this now can cost.
 
         A token of a byte-level tokenizer has at least one byte, so the request in JSON has at
-        least as many bytes as the input has tokens. The server must keep to the output limit.
+        least as many bytes as the input has tokens. The bound holds if the server adds no prompt
+        of its own and keeps to the output limit.
         """
         asked = [*self.messages, {"role": "user", "content": prompt}]
         size = len(json.dumps(asked, ensure_ascii=False).encode())
@@ -442,48 +475,52 @@ class Session(Scope):
     def ask(self, prompt: str, settle: Callable[[Decimal], object] = lambda cost: None) -> str:
         """Ask, and return the answer. Call `settle` with the cost, if that is known.
 
+        Calls of tools come back as JSON. After Ctrl-C in `ask`, open a new session.
         A turn that fails is not in `messages`. If the block ends during a turn, the call goes
         on and its cost counts, but `ask` raises SessionClosedError. Raises RuntimeError if
         another thread is in a turn, ReplyError if the reply is not a whole answer,
         openai.OpenAIError if there is no reply.
         """
-        if not self._turn.acquire(blocking=False):
-            raise RuntimeError(f"session {self.name!r} is in a turn: it takes one at a time")
         try:
-            self.check_open()
-            message = message_of(self._call(prompt, settle))
-            self.check_open()
-            parts = {"content", "refusal", "tool_calls"}
-            said = message.model_dump(include=parts, exclude_none=True, warnings=False)
-            turn = [{"role": "user", "content": prompt}, {"role": "assistant", **said}]
-            self.messages = [*self.messages, *turn]
-            return message.content or message.refusal or ""
+            with one_turn(self._turn, self.name):
+                self.check_open()
+                said = message_of(self._call(prompt, settle))
+                self.check_open()
+                self.messages = [*self.messages, {"role": "user", "content": prompt}, said]
         finally:
-            self._turn.release()
             self._close_client()
+        calls = said.get("tool_calls")
+        text: str = said.get("content") or said.get("refusal") or ""
+        return text or (json.dumps(calls) if calls else "")
 
     def _call(self, prompt: str, settle: Callable[[Decimal], object]) -> Any:
         asked = [*self.messages, {"role": "user", "content": prompt}]
         worst_case, cost = self.worst_case(prompt), None
         try:
-            completion = self._client.chat.completions.create(
-                model=self.model, messages=asked, max_completion_tokens=self.max_output_tokens
-            )
+            completion = self._create(asked)
             cost = self._cost_of(getattr(completion, "usage", None))
         except openai.OpenAIError as error:
             if was_refused(error):
                 cost = Decimal(0)
             raise
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ReplyError(f"the reply is not JSON: {error}") from error
         finally:
             self.cost = EXACT.add(self.cost, worst_case if cost is None else cost)
             if cost is not None:
                 settle(cost)
         return completion
 
+    def _create(self, asked: list[Any]) -> Any:
+        try:
+            return self._client.chat.completions.create(
+                model=self.model, messages=asked, max_completion_tokens=self.max_output_tokens
+            )
+        except UnicodeEncodeError:  # of the request: the API key is not ASCII
+            raise
+        except (ValueError, RecursionError) as error:  # the SDK lets them through
+            raise ReplyError(f"the reply is not JSON that Python reads: {error}") from error
+
     def _cost_of(self, usage: Any) -> Decimal | None:
-        """Return the price of a reported usage, or None if no call can have that usage."""
+        """Return the price of a reported usage, or None if that is unknown."""
         details = getattr(usage, "prompt_tokens_details", None)
         counts: list[Any] = [
             getattr(usage, "prompt_tokens", None),
@@ -494,7 +531,7 @@ class Session(Scope):
             return None
         try:
             return money(self._price(*counts), "the price")
-        except ValueError:  # more cached than input tokens, or a million dollars
+        except Exception:  # more cached than input tokens, say: a paid reply must not be lost
             return None
 
     def _close_client(self) -> None:
@@ -537,20 +574,25 @@ class GovernedSession:
     monitor: Monitor
     transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
     session: Session
+    _turn: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     def ask(self, prompt: str) -> str:
         """Reserve, measure, call, settle; then save the turn, in a transaction of its own.
 
-        Raises BudgetExceededError before it calls, and sqlite3.Error if the turn cannot be saved:
-        then it is paid for, and in `session.messages`.
+        Before it calls, it raises BudgetExceededError, or RuntimeError if another thread is in a
+        turn. If the turn cannot be saved, it raises sqlite3.Error, or RuntimeError if you left a
+        transaction open: then the turn is paid for, and in `session.messages`.
         """
-        worst_case = self.session.worst_case(prompt)
-        with self.budget.reserve(worst_case) as reservation:
-            with self.monitor.measure("ask"):
-                answer = self.session.ask(prompt, reservation.settle)
-        with self.transaction() as connection:
-            turn = (self.session.name, prompt, answer)
-            connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
+        with one_turn(self._turn, self.session.name):  # a turn between would raise the worst case
+            worst_case = self.session.worst_case(prompt)
+            with self.budget.reserve(worst_case) as reservation:
+                with self.monitor.measure("ask"):
+                    answer = self.session.ask(prompt, reservation.settle)
+            with self.transaction() as connection:
+                turn = (self.session.name, prompt, answer)
+                connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
         return answer
 
 
@@ -1027,7 +1069,8 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, UnicodeEncodeError) as error:
         if not options:
             raise
-        parser.exit(1, f"{parser.prog}: the model did not answer: {error}\n")
+        problem = " ".join(str(error).split())
+        parser.exit(1, f"{parser.prog}: the model did not answer: {problem}\n")
     finally:
         options.clear()
 

@@ -65,7 +65,10 @@ def test_an_amount_is_a_decimal_or_an_int(wrong: Any) -> None:
         assert amounts(budget) == (0, 0)
 
 
-@pytest.mark.parametrize("wrong", ["-0.01", "NaN", "sNaN", "Infinity", "-Infinity", "1000000"])
+NO_AMOUNTS = ["-0.01", "NaN", "sNaN", "Infinity", "-Infinity", "1000000", "999999.9999999999999"]
+
+
+@pytest.mark.parametrize("wrong", NO_AMOUNTS)
 def test_an_amount_is_from_0_to_below_a_million(wrong: str) -> None:
     with chapter.budget(1) as budget, budget.reserve(1) as reservation:
         for refused in (chapter.budget, budget.reserve):
@@ -74,6 +77,10 @@ def test_an_amount_is_from_0_to_below_a_million(wrong: str) -> None:
         with pytest.raises(ValueError, match="the actual cost is"):
             reservation.settle(Decimal(wrong))
         assert reservation.actual is None
+
+
+def test_minus_zero_is_zero() -> None:
+    assert chapter.format_usd(chapter.money(Decimal("-0"), "it")) == "$0"
 
 
 def test_what_is_finer_than_a_picodollar_is_rounded_up() -> None:
@@ -286,6 +293,7 @@ class InterruptAt:
         return self.trace
 
     def __enter__(self) -> InterruptAt:
+        sys._getframe().f_trace_opcodes = True  # subtle: 3.12 wants one before settrace
         sys.settrace(self.trace)
         return self
 
@@ -552,15 +560,17 @@ def http_error(status: int) -> httpx2.Response:
     return httpx2.Response(status, json={"error": {"message": "no"}})
 
 
-NOT_BILLED = [*map(http_error, (400, 401, 404, 429, 500, 503)), httpx2.ConnectError("refused")]
+NOT_BILLED: list[Any] = [*map(http_error, (400, 401, 404, 422, 429, 500, 503, 529))]
+NOT_BILLED += [httpx2.Response(400, text="two\nlines"), httpx2.ConnectError("refused")]
 NOT_BILLED += [httpx2.ConnectTimeout("no route"), httpx2.PoolTimeout("busy")]
-UNKNOWN = [*map(http_error, (408, 502, 504, 524)), httpx2.ReadTimeout("late")]
-UNKNOWN += [httpx2.ReadError("reset"), httpx2.RemoteProtocolError("half a reply")]
+UNKNOWN: list[Any] = [*map(http_error, (304, 408, 499, 502, 504, 520, 524, 598))]
+UNKNOWN += [httpx2.ReadTimeout("late"), httpx2.ReadError("reset")]
+UNKNOWN += [httpx2.RemoteProtocolError("half a reply")]
 FAILURES = [(each, False) for each in NOT_BILLED] + [(each, True) for each in UNKNOWN]
 
 
 @pytest.mark.parametrize(("failure", "may_be_billed"), FAILURES, ids=str)
-def test_only_a_call_that_was_certainly_not_billed_is_free(
+def test_only_a_call_that_providers_do_not_bill_is_free(
     failure: Any, may_be_billed: bool, database: Database
 ) -> None:
     client, asked = answering(failure, completion())
@@ -674,14 +684,15 @@ def test_a_turn_that_outlives_its_block_is_paid_but_not_recorded(
 TOOL: Any = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 WHOLE: list[Any] = [({"content": "hi"}, "hi"), ({"content": ""}, "")]
 WHOLE += [({"content": None, "refusal": "I won't"}, "I won't")]
-WHOLE += [({"content": None, "tool_calls": [TOOL]}, "")]
+WHOLE += [({"content": None, "tool_calls": [TOOL]}, [TOOL])]
 
 
 @pytest.mark.parametrize(("message", "answer"), WHOLE)
-def test_a_whole_answer_says_something(message: dict[str, Any], answer: str) -> None:
+def test_a_whole_answer_says_something(message: dict[str, Any], answer: Any) -> None:
     client, asked = answering(completion(**message), completion())
     with client, chapter.session("s", client=client) as chat:
-        assert chat.ask(PROMPT) == answer
+        text = chat.ask(PROMPT)
+        assert (json.loads(text) if "tool_calls" in message else text) == answer
         said = {key: value for key, value in message.items() if value is not None}
         assert chat.messages[1:] == [{"role": "assistant", **said}]
         chat.ask(PROMPT)
@@ -693,11 +704,12 @@ def page(text: str, kind: str = "text/html") -> httpx2.Response:
 
 
 ANSWER_OF_NULL = {**completion(), "choices": [None]}
-JSON_TEXTS = ("", "{", "null", "[]", "3", '"x"', "\xff", "{}")
+JSON_TEXTS = ("", "{", "null", "[]", "3", '"x"', "\xff", "{}", "1" * 5000, "[" * 100_000)
 BROKEN: list[Any] = [page("<html>Sign in"), *(page(t, "application/json") for t in JSON_TEXTS)]
 BROKEN += [{"error": {"message": "Sign in"}}, {**completion(), "choices": []}, ANSWER_OF_NULL]
 BROKEN += [completion(finish=None), completion(finish=""), completion(content=None)]
-BROKEN += [completion(content=5), completion(content=None, tool_calls=[])]
+BROKEN += [completion(content=5), completion(content=["a"]), completion(tool_calls="f")]
+BROKEN += [completion(content=None, tool_calls=calls) for calls in ([], 5, [None])]
 BROKEN += [{**completion(), "choices": [{"finish_reason": "stop", "message": None}]}]
 
 
@@ -712,6 +724,25 @@ def test_what_is_not_a_whole_answer_is_paid_but_not_recorded(reply: Any) -> None
         assert chat.messages == []
         assert chat.cost == (COST if costs else chat.worst_case(PROMPT))
     assert bool(costs) is (isinstance(reply, dict) and "usage" in reply)
+
+
+def test_a_reply_that_no_request_can_hold_is_paid_but_not_recorded() -> None:
+    lone_surrogate = page(json.dumps(completion(content="\ud800")), "application/json")
+    client, _asked = answering(lone_surrogate, completion())
+    with client, chapter.session("s", client=client) as chat:
+        with pytest.raises(chapter.ReplyError, match="not UTF-8"):
+            chat.ask(PROMPT)
+        assert (chat.messages, chat.cost) == ([], COST)
+        assert chat.ask(PROMPT) == "hi"
+
+
+@pytest.mark.parametrize("wrong", [lambda: 0.5, lambda: 1 // 0])
+def test_a_price_that_fails_loses_no_reply(wrong: Any) -> None:
+    price = lambda read, wrote, cached: wrong() if wrote == 567 else Decimal(read) / 10_000  # noqa: E731
+    client, _asked = answering(completion())
+    with client, chapter.session("s", client=client, price=price) as chat:
+        worst_case = chat.worst_case(PROMPT)
+        assert (chat.ask(PROMPT), chat.cost) == ("hi", worst_case)
 
 
 def test_an_unknown_price_says_what_to_pass() -> None:
@@ -760,6 +791,17 @@ def test_a_governed_call_is_paid_measured_and_saved(database: Database) -> None:
     assert amounts(review.budget) == (review.session.cost, 0)
     assert review.session.cost == chapter.list_price("gpt-4o-mini", 15, 6, 0)
     assert review.monitor.report()["ask"][:2] == (1, 0)
+
+
+def test_a_second_turn_at_once_is_refused_before_it_reserves(database: Database) -> None:
+    def ask_again() -> None:
+        with pytest.raises(RuntimeError, match="'review' is in a turn: it takes one"):
+            review.ask("again")
+        assert review.budget.reserved == review.session.worst_case(PROMPT)
+
+    with chapter.offline_client(ask_again) as client, governed(database, client) as review:
+        review.ask(PROMPT)
+        assert amounts(review.budget) == (review.session.cost, 0)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
@@ -864,6 +906,15 @@ def test_a_transaction_has_the_write_lock_from_its_beginning(
         with pytest.raises(RuntimeError, match="in a transaction: commit it or roll it back"):
             chapter.transaction(database).__enter__()
         assert database.in_transaction
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="`autocommit` came with Python 3.12")
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_a_transaction_refuses_a_connection_with_autocommit(autocommit: bool) -> None:
+    options: dict[str, Any] = {"autocommit": autocommit}
+    with closing(sqlite3.connect(":memory:", **options)) as connection:
+        with pytest.raises(RuntimeError, match="autocommit set: connect without it"):
+            chapter.transaction(connection).__enter__()
 
 
 def test_a_commit_that_fails_is_rolled_back(database: Database) -> None:
