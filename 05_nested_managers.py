@@ -850,8 +850,8 @@ def demo_nested_budgets() -> None:
     A reservation must fit on its own level and on every level above it. A caller that times out
     does not know the outcome: here the provider bills $15, but the answer comes too late. So if
     the outcome is unknown, the whole worst case counts as spent. Settle at 0 only a call that
-    was certainly not billed: never sent, or refused with an HTTP error. In the bars, █ is
-    spent, ▒ is reserved.
+    was not billed: never sent, or refused with an HTTP error that providers do not bill. In the
+    bars, █ is spent, ▒ is reserved.
     """
     show_code(slow_call, give_back, keep_open)
     question(

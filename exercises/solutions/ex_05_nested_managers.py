@@ -78,7 +78,7 @@ class Reservation:
         self._booked = False
 
     def settle(self, actual: Dollars) -> None:
-        """Record what the call cost; settle at 0 only a call that was certainly not billed.
+        """Record what the call cost; settle at 0 only a call that was not billed.
 
         If this raises sqlite3.Error, the block's end tries once more, with the same cost. Raises
         RuntimeError if the reservation is settled already.
