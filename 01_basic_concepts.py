@@ -146,7 +146,8 @@ def atomic_write(
     clears (set-user-ID, capabilities). Hard links keep the old content.
     Raises ValueError if `mode` is not "w" or "wb". Raises OSError before the block runs if `path`
     is a directory, device, FIFO or mount point, or if you may not set the owner, and after the
-    block if the rename fails for another reason (an immutable file, for example).
+    block if the rename fails for another reason (an immutable file, or a file that is mounted
+    from the same file system).
     """
     target = Path(path).resolve()  # replace the target of a symbolic link, not the link
     check_replaceable(target)
@@ -171,18 +172,8 @@ def check_replaceable(target: Path) -> None:
         return
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file: write to it with open()", str(target))
-    if is_mount_point(target):
+    if os.path.ismount(target):
         raise OSError(errno.EBUSY, "a mount point: write to it with open()", str(target))
-
-
-def is_mount_point(target: Path) -> bool:
-    """Return whether a file is mounted at this path, as containers do (known on Linux only)."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return False
-    escaped = re.sub(rb"[ \t\n\\]", lambda char: b"\\%03o" % ord(char[0]), os.fsencode(target))
-    return any(mount.split()[4] == escaped for mount in mounts)
 
 
 def open_draft(draft: Path, target: Path, mode: str, encoding: str) -> IO[Any]:
