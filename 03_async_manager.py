@@ -38,22 +38,8 @@ import textwrap
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-)
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,10 +47,8 @@ from types import FrameType
 from typing import Any, Self
 
 import httpx2
-from openai import AsyncOpenAI, BaseModel, OpenAIError
-from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionMessageParam
-from openai.types.chat.chat_completion import Choice
-from openai.types.completion_usage import CompletionUsage
+from openai import AsyncOpenAI, OpenAIError
+from openai.types.chat import ChatCompletionMessageParam
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.syntax import Syntax
@@ -89,15 +73,20 @@ async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> 
     task = loop.create_task(cleanup)
     deadline = loop.time() + within
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            # subtle: `await task` would cancel the cleanup, too
-            await asyncio.wait([task], timeout=deadline - loop.time())
-        except asyncio.CancelledError as error:
-            cancelled = error
-        if not task.done() and loop.time() >= deadline:
-            task.cancel()
-            raise TimeoutError(f"the cleanup did not end within {within} s") from cancelled
+    # subtle: a cancelled anyio scope cancels its tasks again at every turn of the event loop, and
+    # keeps the loop turning until they end. A shield stops that.
+    anyio = sys.modules.get("anyio")
+    shield = anyio.CancelScope(shield=True) if anyio else nullcontext()
+    with shield:
+        while not task.done():
+            try:
+                # subtle: `await task` would cancel the cleanup, too
+                await asyncio.wait([task], timeout=deadline - loop.time())
+            except asyncio.CancelledError as error:
+                cancelled = error
+            if not task.done() and loop.time() >= deadline:
+                task.cancel()
+                raise TimeoutError(f"the cleanup did not end within {within} s") from cancelled
     task.result()
     if cancelled is not None:
         raise cancelled
@@ -137,7 +126,8 @@ async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
 
     Its output is piped. It leads a session of its own: Ctrl-C does not reach it, and all processes
     in its process group are killed with it. Raises OSError if the command cannot be started, and
-    TimeoutError if a process outside the group holds its output open for 10 s after that.
+    TimeoutError if a process outside the group holds its output open for 10 s after that. No other
+    task may be reading the output when the block ends.
     """
     # subtle: by default CUDA numbers the fastest device first, but NVML goes by the PCI bus
     env = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
@@ -176,7 +166,7 @@ async def reap(start: asyncio.Task[Process]) -> None:
 
 
 class PoolClosedError(RuntimeError):
-    """The pool is not open yet, or not open any more."""
+    """The pool is not open."""
 
 
 @dataclass(frozen=True)
@@ -197,14 +187,14 @@ class GPUPool:
 
     When the outer block ends, waiting and later tasks get PoolClosedError, and the pool waits
     until all devices are released. If that wait is cancelled, the pool stays closed, and each
-    device is released when its own block ends. A pool opens once, in one event loop.
+    device is released when its own block ends. Use a pool in one event loop.
     """
 
     def __init__(self, gpus: Iterable[GPU]) -> None:
         self._gpus = tuple(gpus)
         if not self._gpus or len(set(self._gpus)) < len(self._gpus):
             raise ValueError(f"a GPUPool needs devices, each of them once; it got {self._gpus}")
-        self._state = "not open yet"
+        self._open = False
         self._free = deque(self._gpus)
         # One future for each waiting task, in the order of arrival. Removing one is O(1).
         self._waiters: OrderedDict[asyncio.Future[GPU], None] = OrderedDict()
@@ -216,14 +206,14 @@ class GPUPool:
         return PoolStatistics(len(self._gpus), len(self._gpus) - len(self._free), waiting)
 
     async def __aenter__(self) -> Self:
-        """Open the pool. Raises RuntimeError if it has been opened before."""
-        if self._state != "not open yet":
-            raise RuntimeError(f"a GPUPool opens once, and this one is {self._state}: make another")
-        self._state = "open"
+        """Open the pool. Raises RuntimeError if it is open already."""
+        if self._open:
+            raise RuntimeError("this GPUPool is open already: make another")
+        self._open = True
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._state = "closed"
+        self._open = False
         for waiter in self._waiters:
             if not waiter.done():
                 message = "this GPUPool was closed while the task waited for a device"
@@ -246,8 +236,8 @@ class GPUPool:
             self._hand_on(gpu)
 
     async def _take(self, timeout: float | None) -> GPU:
-        if self._state != "open":
-            raise PoolClosedError(f"this GPUPool is {self._state}: acquire inside its `async with`")
+        if not self._open:
+            raise PoolClosedError("this GPUPool is not open: acquire inside its `async with`")
         if self._free:  # then nobody waits: _hand_on() serves the waiters first
             return self._free.popleft()
         waiter: asyncio.Future[GPU] = asyncio.get_running_loop().create_future()
@@ -305,12 +295,13 @@ class AsyncLLMSession:
     """
 
     def __init__(
-        self, name: str, model: str, client: AsyncOpenAI, slots: AbstractAsyncContextManager[None]
+        self, name: str, model: str, client: AsyncOpenAI, slots: asyncio.Semaphore | None
     ) -> None:
         self.name, self.model = name, model
         self.messages: list[Message] = []
         self.usage = Usage()
-        self._client, self._slots = client, slots
+        self._client = client
+        self._slots = slots or nullcontext()
         self._turn = asyncio.Lock()
         self._closed = False
 
@@ -324,7 +315,6 @@ class AsyncLLMSession:
         self._check_open()
         asked: Message = {"role": "user", "content": prompt}
         async with self._turn, self._slots:  # subtle: the other way round, turns would hoard slots
-            self._check_open()
             answer, usage = await self._complete(asked)
             # subtle: no await from here on. The whole turn is recorded, or none of it.
             self.messages += [asked, answer]
@@ -333,39 +323,42 @@ class AsyncLLMSession:
 
     async def _complete(self, asked: Message) -> tuple[Message, Usage]:
         """Return the answer as a message, and the usage with that of this call added."""
+        self._check_open()
         try:
-            reply = await self._client.chat.completions.create(
+            response = await self._client.chat.completions.with_raw_response.create(
                 model=self.model, messages=[*self.messages, asked]
             )
-        except Exception as error:
-            self._check_open()
-            if isinstance(error, UnicodeEncodeError):
-                raise  # the prompt, not the answer: nothing was sent
-            if isinstance(error, ValueError | RecursionError):
-                raise ReplyError(f"the answer is not JSON: {error}") from error
+        except Exception:
+            self._check_open()  # the end of the block may be the cause: it closes the client
             raise
         self._check_open()
-        match reply:
-            case ChatCompletion(
-                choices=[
-                    Choice(finish_reason=str(reason), message=ChatCompletionMessage() as message),
-                    *_,
-                ],
-                usage=CompletionUsage(prompt_tokens=int(sent), completion_tokens=int(received)),
-            ) if reason and (
-                isinstance(message.content, str) or message.refusal or message.tool_calls
-            ):
-                parts: Any = message.model_dump(
-                    include={"content", "refusal", "tool_calls"}, exclude_none=True, warnings=False
-                )
-                total = self.usage.input_tokens + sent, self.usage.output_tokens + received
-                return {"role": "assistant"} | parts, Usage(*total)
-        got = reply.to_dict(warnings=False) if isinstance(reply, BaseModel) else reply
-        raise ReplyError(f"session {self.name!r} got no whole chat completion, but {got!r:.199}")
+        answer, sent, received = whole_answer(response)
+        return answer, Usage(self.usage.input_tokens + sent, self.usage.output_tokens + received)
 
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError(f"session {self.name!r} is closed: open a new one")
+
+
+def whole_answer(response: Any) -> tuple[Message, int, int]:
+    """Return an answer's message, and the tokens sent and received.
+
+    Raises ReplyError unless there is a finish reason, the usage, and a content, refusal or tool
+    call. (The SDK does not check replies: any part may be missing, or of another type.)
+    """
+    try:
+        reply = response.parse()
+        choice, usage = reply.choices[0], reply.usage
+        message = choice.message
+        said = isinstance(message.content, str) or message.refusal or message.tool_calls
+        if said and choice.finish_reason:
+            parts = {"content", "refusal", "tool_calls"}
+            answer = message.model_dump(include=parts, exclude_none=True, warnings=False)
+            answer["role"] = "assistant"
+            return answer, int(usage.prompt_tokens), int(usage.completion_tokens)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        pass
+    raise ReplyError(f"the answer is not a whole chat completion: {response.text!r:.300}")
 
 
 @asynccontextmanager
@@ -385,8 +378,7 @@ async def async_llm_session(
     turn raises SessionClosedError, and is not recorded. If the session made the client, closing
     it ends the call, too.
     """
-    slots = max_concurrency or nullcontext()
-    session = AsyncLLMSession(name, model, client or AsyncOpenAI(), slots)
+    session = AsyncLLMSession(name, model, client or AsyncOpenAI(), max_concurrency)
     try:
         yield session
     finally:
@@ -398,22 +390,15 @@ async def async_llm_session(
 # --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 LATENCY = 0.03  # seconds that a modelled round trip takes
-WORK = """\
-import os, sys
-for step in range(int(sys.argv[1])):
-    sum(range(400_000))
-print(os.environ["CUDA_VISIBLE_DEVICES"])"""
-live = False  # --live
 DEVICES = [GPU(index, f"stand-in GPU {index}", 0) for index in range(4)]
 Queue = asyncio.Queue[GPU]
-Jobs = Iterable[Coroutine[Any, Any, object]]
+live = False  # --live
 
 
 @dataclass
 class Span:
-    """A block on the time axis of a section of a chart. An x marks one that an error has ended."""
+    """A block on the time axis."""
 
-    section: str
     row: str
     letter: str
     began: float
@@ -421,55 +406,36 @@ class Span:
 
 
 class Chart:
-    """Blocks of tasks on a time axis, drawn when the chart's own block ends.
-
-    All sections of a chart share its scale; each begins at 0.
-    """
+    """Blocks of tasks on one time axis. An `x` marks a block that an error has ended."""
 
     def __init__(self) -> None:
-        self.section = ""
         self.spans: list[Span] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self.spans:
-            self.draw()
-
     @contextmanager
-    def span(self, row: str, letter: str) -> Iterator[Span]:
-        span = Span(self.section, row, letter, time.perf_counter())
+    def span(self, row: str, letter: str) -> Iterator[None]:
+        span = Span(row, letter, time.perf_counter())
+        self.spans.append(span)
         try:
-            yield span
+            yield
         except BaseException:
             span.letter = "x"
             raise
         finally:
             span.ended = time.perf_counter()
-            self.spans.append(span)
 
     def draw(self) -> None:
-        sections: dict[str, list[Span]] = {}
-        for span in sorted(self.spans, key=lambda span: span.began):
-            sections.setdefault(span.section, []).append(span)
-        starts = {section: spans[0].began for section, spans in sections.items()}
-        scale = max(span.ended - starts[span.section] for span in self.spans)
+        start, end = self.spans[0].began, max(span.ended for span in self.spans)
         width = min(console.width, 100) - 20
-        for section, spans in sections.items():
-            if section:
-                say(section, style="bold")
-            for row in sorted({span.row for span in spans}):
-                cells = ["·"] * width
-                for span in spans:
-                    if span.row == row:
-                        times = (span.began, span.ended)
-                        left, right = (int((t - starts[section]) / scale * width) for t in times)
-                        cells[left:right] = span.letter * (right - left)
-                styles = {cell: f"color({1 + ord(cell) % 6})" for cell in cells} | {"·": "dim"}
-                line = ((cell, styles[cell]) for cell in cells)
-                console.print(Text.assemble(f"{row:18.18} ", *line))
-        console.print(f"{'':18} 0{1000 * scale:{width - 4}.0f} ms\n", style="dim")
+        rows: dict[str, list[str]] = {}
+        for span in self.spans:
+            times = (span.began, span.ended)
+            left, right = (int((t - start) / (end - start) * width) for t in times)
+            cells = rows.setdefault(span.row, ["·"] * width)
+            cells[left:right] = span.letter * (right - left)
+        for row, cells in rows.items():
+            styles = ["dim" if cell == "·" else f"color({1 + ord(cell) % 6})" for cell in cells]
+            console.print(Text.assemble(f"{row:18.18} ", *zip(cells, styles, strict=True)))
+        console.print(f"{'':18} 0{1000 * (end - start):{width - 4}.0f} ms\n", style="dim")
 
 
 @contextmanager
@@ -490,18 +456,16 @@ async def awaiting() -> AsyncIterator[None]:
         await asyncio.sleep(LATENCY)
 
 
-async def with_blocking(chart: Chart, name: str) -> tuple[Span, Span]:
-    with chart.span(name, "-") as whole, blocking(), chart.span(name, "=") as block:
+async def use_blocking(chart: Chart, row: str) -> None:
+    with chart.span(row, "-"), blocking(), chart.span(row, "="):
         await asyncio.sleep(LATENCY)
-    return whole, block
 
 
-async def with_awaiting(chart: Chart, name: str) -> tuple[Span, Span]:
-    with chart.span(name, "-") as whole:
+async def use_awaiting(chart: Chart, row: str) -> None:
+    with chart.span(row, "-"):
         async with awaiting():
-            with chart.span(name, "=") as block:
+            with chart.span(row, "="):
                 await asyncio.sleep(LATENCY)
-    return whole, block
 
 
 async def demo_async_manager() -> None:
@@ -509,27 +473,28 @@ async def demo_async_manager() -> None:
 
     With `@asynccontextmanager`, the lines around `yield` may `await`: while one task waits for
     its set-up or its cleanup, the event loop runs the others. A manager that calls `time.sleep`
-    stops the loop, and so every task. Here a login, the work in the
-    block and a logout take 30 ms each. In the chart, `-` is set-up or cleanup, and `=` the block.
+    stops the loop, and so every task. Here a login, the work in the block and a logout take 30 ms
+    each. In the chart, `-` is set-up or cleanup, and `=` the block.
     """
     show_code(blocking, awaiting)
     question(_("Three tasks enter such a block. After how many ms does the last one end?"))
-    results = []
-    with Chart() as chart:
-        for title, task in (
-            ("with blocking()", with_blocking),
-            ("async with awaiting()", with_awaiting),
-        ):
-            chart.section = title
-            spans = await asyncio.gather(*(task(chart, name) for name in "ABC"))
-            first_block = min(block.began for _whole, block in spans)
-            n = sum(whole.began < first_block for whole, _block in spans)
-            last = max(whole.ended for whole, _block in spans)
-            results.append((title, n, last - min(whole.began for whole, _block in spans)))
-    for title, n, seconds in results:
-        result = _("`{title}`: {n} of 3 tasks log in at the same time; all end after {ms:.0f} ms.")
-        verdict(n == 3, result.format(title=title, n=n, ms=1000 * seconds))
+    chart = Chart()
+    for use in (use_blocking, use_awaiting):
+        await asyncio.gather(*(use(chart, f"{use.__name__} {name}") for name in "ABC"))
+    chart.draw()
+    for title, spans in (("blocking", chart.spans[:6]), ("awaiting", chart.spans[6:])):
+        n = [span.letter for span in spans].index("=")
+        ms = 1000 * (max(span.ended for span in spans) - spans[0].began)
+        text = _("`{title}`: {n} of 3 tasks log in at the same time; all end after {ms:.0f} ms.")
+        verdict(n == 3, text.format(title=title, n=n, ms=ms))
     say(_("In `awaiting`, replace both `await asyncio` by `time`, and run demo 1 again."), "→ ")
+
+
+WORK = """\
+import os, sys
+for step in range(int(sys.argv[1])):
+    sum(range(400_000))
+print(os.environ["CUDA_VISIBLE_DEVICES"])"""
 
 
 async def train(pool: GPUPool, chart: Chart, job: str, steps: int) -> str:
@@ -552,17 +517,14 @@ async def demo_pool() -> None:
     show_code(train)
     question(_("Jobs A to I ask in this order. Which one gets the first device that is released?"))
     jobs = dict(zip("ABCDEFGHI", (9, 4, 6, 3, 5, 8, 4, 7, 5), strict=True))
-    with Chart() as chart:
-        async with GPUPool(discover_gpus()) as pool, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(train(pool, chart, *job)) for job in jobs.items()]
-    seen = {job: task.result() for job, task in zip(jobs, tasks, strict=True)}
+    chart = Chart()
+    async with GPUPool(discover_gpus()) as pool, asyncio.TaskGroup() as group:
+        tasks = {name: group.create_task(train(pool, chart, name, jobs[name])) for name in jobs}
+    chart.draw()
+    seen = {name: task.result() for name, task in tasks.items()}
     say(_("Device seen by each worker: {seen}").format(seen=seen))
-    spans = sorted(chart.spans, key=lambda span: span.began)
-    served = "".join(span.letter for span in spans)
+    served = "".join(span.letter for span in chart.spans)
     verdict(served == "".join(jobs), _("Served in the order {served}.").format(served=served))
-    statistics = pool.statistics()
-    released = statistics.in_use == statistics.waiting == 0
-    verdict(released, _("After the block: {statistics}.").format(statistics=statistics))
     say(_("In `GPUPool._hand_on`, delete `last=False`, and run demo 2 again."), "→ ")
 
 
@@ -693,23 +655,28 @@ async def demo_served_and_cancelled() -> None:
     say(_("In `CarelessPool`, delete `_give_up` (leave `pass`), and run demo 5 again."), "→ ")
 
 
-async def job(pool: GPUPool, chart: Chart, name: str) -> None:
+async def job(pool: GPUPool, span: Any, fails: bool) -> None:
     async with pool.acquire():
-        with chart.span(name, name):
+        with span:
             await asyncio.sleep(LATENCY)
-            if name == "A":
+            if fails:
                 raise OSError("A failed")
             await asyncio.sleep(3 * LATENCY)
 
 
-async def in_gather(jobs: Jobs) -> None:
+async def in_gather(jobs: list[Any]) -> None:
     await asyncio.gather(*jobs)
 
 
-async def in_a_group(jobs: Jobs, seconds: float | None = None) -> None:
-    async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+async def in_group(jobs: list[Any]) -> None:
+    async with asyncio.TaskGroup() as group:
         for job in jobs:
             group.create_task(job)
+
+
+async def in_timeout(jobs: list[Any]) -> None:
+    async with asyncio.timeout(LATENCY / 2):
+        await in_group(jobs)
 
 
 async def demo_siblings() -> None:
@@ -720,28 +687,23 @@ async def demo_siblings() -> None:
     waits for their cleanup, and only then raises. A `timeout` around a group, here 15 ms, ends
     all jobs. In the chart, an `x` is a block that an error ended; `caller` is the awaiting code.
     """
-    show_code(job, in_gather, in_a_group)
+    show_code(job, in_gather, in_group, in_timeout)
     question(_("The error reaches the caller. How many devices are still in use, in each case?"))
-    results = []
-    with Chart() as chart:
-        for title, run in (
-            ("in_gather(jobs)", in_gather),
-            ("in_a_group(jobs)", in_a_group),
-            ("in_a_group(jobs, 0.015)", partial(in_a_group, seconds=0.015)),
-        ):
-            chart.section = title
-            async with GPUPool(DEVICES) as pool:
-                jobs = [job(pool, chart, name) for name in "ABCD"]
-                try:
-                    with chart.span("caller", "="):
-                        await run(jobs)
-                except* (OSError, TimeoutError) as errors:
-                    in_use = pool.statistics().in_use
-                    results.append((title, errors.exceptions[0], in_use))
+    chart, results = Chart(), []
+    for run in (in_gather, in_group, in_timeout):
+        name = run.__name__
+        async with GPUPool(DEVICES) as pool:
+            jobs = [job(pool, chart.span(f"{name} {each}", each), each == "A") for each in "ABCD"]
+            try:
+                with chart.span(f"{name} caller", "="):
+                    await run(jobs)
+            except* (OSError, TimeoutError) as errors:
+                results.append((name, errors.exceptions[0], pool.statistics().in_use))
+    chart.draw()
     for name, error, in_use in results:
         text = _("`{name}`: the caller gets {error!r}. Devices still in use: {n}.")
         verdict(in_use == 0, text.format(name=name, error=error, n=in_use))
-    say(_("In `in_a_group`, swap the two managers, and run demo 6 again."), "→ ")
+    say(_("In `in_gather`, add `return_exceptions=True`, and run demo 6 again."), "→ ")
 
 
 async def release(released: list[str]) -> None:
@@ -756,7 +718,7 @@ async def hold(protect: Any, released: list[str]) -> None:
         await protect(release(released))
 
 
-async def unprotected(cleanup: Awaitable[object]) -> None:
+async def unprotected(cleanup: Coroutine[Any, Any, object]) -> None:
     await cleanup
 
 
@@ -791,38 +753,30 @@ async def demo_cleanup() -> None:
     say(_("In `finish`, replace `asyncio.wait(...)` by `task`, and run demo 7 again."), "→ ")
 
 
-async def stand_in(request: httpx2.Request) -> httpx2.Response:
-    """Answer as the chat API does; the words are a stand-in's."""
-    await asyncio.sleep(LATENCY)
-    message = {"role": "assistant", "content": "So says the stand-in."}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
-    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "stand-in"}
-    return httpx2.Response(200, json=body | {"choices": [choice], "usage": usage})
+class ChartedTransport(httpx2.AsyncHTTPTransport):
+    """Charts each request. Answers it as the chat API does, or with --live lets a model answer."""
+
+    def __init__(self, chart: Chart) -> None:
+        super().__init__()
+        self.chart = chart
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        messages = json.loads(request.content)["messages"]
+        with self.chart.span(messages[0]["content"], str(len(messages) // 2 + 1)):
+            if live:
+                return await super().handle_async_request(request)
+            await asyncio.sleep(LATENCY)
+        message = {"role": "assistant", "content": "So says the stand-in."}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "stand-in"}
+        return httpx2.Response(200, json=body | {"choices": [choice], "usage": usage})
 
 
-@asynccontextmanager
-async def charted_client(chart: Chart) -> AsyncIterator[AsyncOpenAI]:
-    """Yield the real client, before the stand-in or, with --live, a model; chart each request."""
-    options: dict[str, Any] = {"api_key": "-", "base_url": "http://stand-in/v1"}
-    if live:
-        options = {"timeout": 60, "max_retries": 0}
-    async with httpx2.AsyncHTTPTransport() as network:
-
-        async def answer(request: httpx2.Request) -> httpx2.Response:
-            messages = json.loads(request.content)["messages"]
-            with chart.span(messages[0]["content"], str(len(messages) // 2 + 1)):
-                return await (network.handle_async_request if live else stand_in)(request)
-
-        http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
-        async with AsyncOpenAI(http_client=http, **options) as client:
-            yield client
-
-
-async def converse(sessions: list[AsyncLLMSession]) -> None:
-    async with asyncio.TaskGroup() as group:
-        for session in sessions:
-            group.create_task(session.ask(f"{session.name} says hello"))
+async def converse(name: str, **options: Any) -> None:
+    async with async_llm_session(name, **options) as session:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(session.ask(f"{name} says hello"))
             group.create_task(session.ask("and how are you?"))
 
 
@@ -830,34 +784,35 @@ async def demo_sessions() -> None:
     """Sessions, side by side
 
     Three conversations run at the same time, and at most two calls. The turns of one conversation
-    wait for each other, because each needs the answer before it. Ada's third turn is cancelled
-    half-way, then she asks again. In the chart, a digit is a turn, and an `x` a cancelled one.
+    wait for each other, because each needs the answer before it. Then Dan's turn is cancelled
+    half-way, and he asks again. In the chart, a digit is a turn, and an `x` a cancelled one.
     """
     if not live:
         say(_("A stand-in plays the model: {ms:.0f} ms a call.").format(ms=1000 * LATENCY))
     show_code(converse)
-    question(
-        _("Ada's session has 4 messages when her third turn is cancelled. How many afterwards?")
-    )
+    question(_("Dan's turn is cancelled half-way. How many messages does his session hold then?"))
     runs: dict[str, list[int]] = {}
-    model = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
-    options: dict[str, Any] = {"model": model, "max_concurrency": asyncio.Semaphore(2)}
-    with Chart() as chart:
-        async with charted_client(chart) as client, AsyncExitStack() as stack:
-            opened = [async_llm_session(n, client=client, **options) for n in ("Ada", "Bob", "Cem")]
-            sessions = [await stack.enter_async_context(session) for session in opened]
-            await converse(sessions)
-            ada = sessions[0]
-            before = len(ada.messages)
+    chart = Chart()
+    http = httpx2.AsyncClient(transport=ChartedTransport(chart))
+    where: dict[str, Any] = {} if live else {"api_key": "-", "base_url": "http://stand-in/v1"}
+    async with AsyncOpenAI(http_client=http, timeout=60, max_retries=0, **where) as client:
+        options: dict[str, Any] = {"client": client, "max_concurrency": asyncio.Semaphore(2)}
+        options["model"] = os.environ.get("OPENAI_MODEL", "gpt-4o-mini")
+        async with asyncio.TaskGroup() as group:
+            for name in ("Ada", "Bob", "Cem"):
+                group.create_task(converse(name, **options))
+        async with async_llm_session("Dan", **options) as session:
             with suppress(TimeoutError), trace() as runs[_("cancelled")]:
                 async with asyncio.timeout(LATENCY / 2):
-                    await ada.ask("tell me more")
-            after = len(ada.messages)
+                    await session.ask("Dan says hello")
+            cancelled = len(session.messages)
             with trace() as runs[_("asked again")]:
-                await ada.ask("tell me less")
+                await session.ask("Dan says hello")
+    chart.draw()
     show_code(AsyncLLMSession.ask, runs=runs)
-    text = _("Ada's messages before: {before}, after the cancelled turn: {after}.")
-    verdict(after == before, text.format(before=before, after=after))
+    text = _("Dan's messages after the cancelled turn: {before}, after the next: {after}.")
+    after = len(session.messages)
+    verdict((cancelled, after) == (0, 2), text.format(before=cancelled, after=after))
     say(_("Above `answer, usage`, add `self.messages.append(asked)`, and run demo 8 again."), "→ ")
 
 
@@ -890,16 +845,18 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     if options.live and not os.environ.get("OPENAI_API_KEY"):
         parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
     live = options.live
-    failures: list[Exception] = []
+    failure: BaseException | None = None
     try:
         try:
             yield options
-        except* (OpenAIError, ReplyError) as group:  # from a task group or not
-            failures += group.exceptions
+        except* (OpenAIError, ReplyError) as group:  # from task groups or not
+            failure = group
     except asyncio.CancelledError:  # Python 3.11: Ctrl-C after a task group failed
         raise KeyboardInterrupt from None
-    if failures:
-        parser.exit(1, f"{parser.prog}: the model did not answer: {failures[0]!r:.250}\n")
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    if failure:
+        parser.exit(1, f"{parser.prog}: the model did not answer: {failure!r:.300}\n")
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---
