@@ -7,7 +7,7 @@
 After this chapter you can hand a session to the innermost helper without a parameter, say which
 tasks and threads inherit it, and record every call of an OpenAI client that other code uses.
 
-    python 04_smart_session.py          run all six demos
+    python 04_smart_session.py          run all five demos
     python 04_smart_session.py 2 4      run demos 2 and 4
     python 04_smart_session.py --step   wait for Enter at each question
     python 04_smart_session.py --live   ask a real model
@@ -34,7 +34,6 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -49,16 +48,9 @@ from types import FrameType
 from typing import Any, Self, TypeVar
 
 import httpx2
+import openai
 from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
-from openai import (
-    DEFAULT_CONNECTION_LIMITS,
-    AsyncOpenAI,
-    DefaultAsyncHttpxClient,
-    DefaultHttpxClient,
-    OpenAI,
-    OpenAIError,
-)
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.syntax import Syntax
@@ -69,7 +61,7 @@ from rich.tree import Tree
 T = TypeVar("T")
 Clock = Callable[[], float]  # returns seconds since some fixed moment
 Price = Callable[[Usage, str], Decimal]  # returns the US dollars for a model's tokens
-Client = OpenAI | AsyncOpenAI
+Client = openai.OpenAI | openai.AsyncOpenAI
 DEFAULT_MODEL = "gpt-4o-mini"
 EXACT = Context(prec=50)  # for money, whatever precision the caller works with
 logger = logging.getLogger("workshop.smart_session")
@@ -105,8 +97,10 @@ class Session:
     parent: Session | None = None
     entries: list[Call | Session] = field(default_factory=list)  # in the order of time
     closed: bool = False
-    # subtle: an RLock. The garbage collector can finish an abandoned stream while we hold it.
-    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.parent:
+            self.parent.entries.append(self)
 
     @property
     def calls(self) -> list[Call]:
@@ -142,15 +136,8 @@ class Session:
 
     def record(self, call: Call) -> None:
         """Add a call. Raises SessionClosedError if the block has ended."""
-        with self._lock:  # another thread must not close it between the check and the append
-            self.check_open()
-            self.entries.append(call)
-
-    def complete(self, call: Call, **facts: Any) -> None:
-        """Fill in the outcome of a call. If the block has ended, change nothing."""
-        with self._lock:
-            if not self.closed:
-                vars(call).update(facts)
+        self.check_open()
+        self.entries.append(call)
 
     def check_open(self) -> None:
         """Raise SessionClosedError if the block has ended."""
@@ -159,11 +146,6 @@ class Session:
                 f"session {self.name!r} is closed, because its block has ended: "
                 "open a new `with smart_session(...):` for this call"
             )
-
-    def close(self) -> None:
-        """Refuse calls from now on."""
-        with self._lock:
-            self.closed = True
 
 
 _current: ContextVar[Session | None] = ContextVar("current_session", default=None)
@@ -183,12 +165,12 @@ def smart_session(
 ) -> Iterator[Session]:
     """Open a session that records the calls made in the block, however deep.
 
-    It nests in the current session, and uses that one's model and client unless it has its own.
+    It nests in the current session, whose model and client it uses unless it has its own.
     Make the client with `recording_client`, and close it yourself. Tasks and `asyncio.to_thread`
     inherit the session. Threads and executors do not: let them run `copy_context().run`.
 
     The end of the block waits for no call and cancels none. A call that is still under way raises
-    SessionClosedError if a reply arrives, or at a retry. Its tokens and cost are not recorded.
+    SessionClosedError when it reads the reply, or at a retry. Its tokens and cost are not recorded.
 
     If blocks end out of order, the innermost open session stays current. If a block ends in another
     context (in a thread, or when the event loop finalizes a generator), a warning is logged, and
@@ -196,27 +178,23 @@ def smart_session(
     """
     parent = innermost_open(current_session())
     session = Session(name, model, client, parent)
-    if parent:
-        parent.entries.append(session)
     token = _current.set(session)
     try:
         yield session
     finally:
-        session.close()
+        session.closed = True
         restore(session, token)
 
 
 def restore(session: Session, token: Token[Session | None]) -> None:
     """Restore what was current before `session`, unless a nested block is still open."""
-    innermost = _current.get()
+    innermost = innermost_open(_current.get())
     try:
         _current.reset(token)
     except ValueError:
         logger.warning("session %r ended in another context", session.name)
-    if innermost is session:
-        innermost = _current.get()
-    if _current.get() is not innermost_open(innermost):
-        _current.set(innermost_open(innermost))  # the blocks ended out of order
+    if _current.get() is not innermost:
+        _current.set(innermost)  # the blocks ended out of order
 
 
 def outwards(session: Session | None) -> Iterator[Session]:
@@ -256,111 +234,89 @@ def ask(prompt: str) -> str:
     the session's block has ended, and ReplyError if the answer is not whole. An answer is whole if
     it has a `finish_reason`, and a content, a refusal or tool calls (which come back as JSON).
     """
-    with asking(OpenAI) as (client, model):
-        reply = client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": prompt}]
-        )
-    return whole_answer(reply)
+    client, model = client_and_model(openai.OpenAI)
+    reply = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": prompt}]
+    )
+    return whole_answer(reply.content)
 
 
 async def ask_async(prompt: str) -> str:
     """Ask like `ask`, through an AsyncOpenAI client."""
-    with asking(AsyncOpenAI) as (client, model):
-        reply = await client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": prompt}]
-        )
-    return whole_answer(reply)
+    client, model = client_and_model(openai.AsyncOpenAI)
+    reply = await client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": prompt}]
+    )
+    return whole_answer(reply.content)
 
 
-@contextmanager
-def asking(kind: type[T]) -> Iterator[tuple[T, str]]:
-    """Yield the client and the model for one question to the current session."""
+def client_and_model(kind: type[T]) -> tuple[T, str]:
+    """Return a client and a model, each from the innermost session that has one."""
     session = current_session()
     if session is None:
         raise LookupError("no session is current: ask inside `with smart_session(...):`")
     session.check_open()
-    model = next((each.model for each in outwards(session) if each.model), DEFAULT_MODEL)
     clients = [each.client for each in outwards(session) if isinstance(each.client, kind)]
     if not clients:
         raise LookupError(
             f"session {session.name!r} has no {kind.__name__} client: pass client=... to "
             "`smart_session`, made by `recording_client` or `async_recording_client`"
         )
-    try:
-        yield clients[0], model
-    except UnicodeEncodeError:
-        raise  # the request is at fault: the prompt, or the API key
-    except (ValueError, RecursionError) as error:  # the SDK lets them through
-        raise ReplyError(f"the reply is not JSON that Python reads: {error}") from error
-    session.check_open()
+    model = next((each.model for each in outwards(session) if each.model), DEFAULT_MODEL)
+    return clients[0], model
 
 
-def whole_answer(reply: Any) -> str:
+def whole_answer(reply: bytes) -> str:
     """Return the text of an answer. Raises ReplyError if it is not whole."""
-    try:  # the SDK does not validate replies: any part may be missing, or of another type
-        choice = reply.choices[0]
-        message = choice.message
-        tool_calls = [call.to_dict() for call in message.tool_calls or ()]
-        answer = message.content or message.refusal
-        if not answer:
-            answer = json.dumps(tool_calls) if tool_calls else message.content
-        if choice.finish_reason and isinstance(answer, str):
+    # subtle: the SDK validates no reply, so any part may be missing or of another type.
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        choice = json.loads(reply)["choices"][0]
+        message = choice["message"]
+        answer = message.get("refusal") or message.get("content")
+        if not answer and message.get("tool_calls"):
+            answer = json.dumps([dict(call) for call in message["tool_calls"]])
+        if choice["finish_reason"] and isinstance(answer, str):
             return answer
-    except (AttributeError, LookupError, TypeError):
-        pass
-    raise ReplyError("the reply is not a whole chat completion")
+    raise ReplyError(f"the reply is not a whole chat completion: {reply[:100]!r}")
+
+
+def list_price(usage: Usage, model: str) -> Decimal:
+    """Return today's price from genai-prices. Raises LookupError if it does not know the model."""
+    with localcontext(EXACT):
+        return calc_price(usage, model, provider_id="openai").total_price
 
 
 def recording_client(
     transport: httpx2.BaseTransport | None = None,
     clock: Clock = time.perf_counter,
-    price: Price | None = None,
+    price: Price = list_price,
     **options: Any,
-) -> OpenAI:
+) -> openai.OpenAI:
     """Make an OpenAI client that records each call in the session current where it is made.
 
     Code that uses the client needs no change. A call without a session is sent, and a warning is
     logged. The client sends through `transport`, by default with the connection limits of the SDK
     but without HTTPS_PROXY: for a proxy, pass `httpx2.HTTPTransport(proxy=...)`. `price` returns
-    what tokens cost, by default today's list price. The options are those of OpenAI.
-    Raises TypeError for the option `http_client`: pass its transport instead.
+    what tokens cost, by default today's list price. The options are those of OpenAI, except
+    `http_client`: pass its transport instead.
     """
-    options = client_options(options)
-    transport = transport or httpx2.HTTPTransport(limits=DEFAULT_CONNECTION_LIMITS)
-    recorder = RecordingTransport(transport, clock, price or list_price)
-    return OpenAI(http_client=DefaultHttpxClient(transport=recorder, headers=PLAIN), **options)
+    transport = transport or httpx2.HTTPTransport(limits=openai.DEFAULT_CONNECTION_LIMITS)
+    recorder = RecordingTransport(transport, clock, price)
+    http_client = openai.DefaultHttpxClient(transport=recorder, headers=PLAIN)
+    return openai.OpenAI(http_client=http_client, **options)
 
 
 def async_recording_client(
     transport: httpx2.AsyncBaseTransport | None = None,
     clock: Clock = time.perf_counter,
-    price: Price | None = None,
+    price: Price = list_price,
     **options: Any,
-) -> AsyncOpenAI:
+) -> openai.AsyncOpenAI:
     """Make an AsyncOpenAI client like `recording_client`. Use it in `async with`, on one loop."""
-    options = client_options(options)
-    transport = transport or httpx2.AsyncHTTPTransport(limits=DEFAULT_CONNECTION_LIMITS)
-    recorder = RecordingTransport(transport, clock, price or list_price)
-    http_client = DefaultAsyncHttpxClient(transport=recorder, headers=PLAIN)
-    return AsyncOpenAI(http_client=http_client, **options)
-
-
-CREDENTIALS = ("api_key", "admin_api_key", "workload_identity", "provider")  # options of the SDK
-
-
-def client_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options for the SDK's client. Raises TypeError for `http_client`."""
-    if "http_client" in options:
-        raise TypeError("a recording client makes its http_client: pass the transport=... of yours")
-    if all(options.get(name) is None for name in CREDENTIALS):
-        options["api_key"] = os.environ.get("OPENAI_API_KEY") or "none"  # Ollama needs no key
-    return options
-
-
-def list_price(usage: Usage, model: str) -> Decimal:
-    """Return today's price by genai-prices. Raises LookupError if it does not know the model."""
-    with localcontext(EXACT):
-        return calc_price(usage, model, provider_id="openai").total_price
+    transport = transport or httpx2.AsyncHTTPTransport(limits=openai.DEFAULT_CONNECTION_LIMITS)
+    recorder = RecordingTransport(transport, clock, price)
+    http_client = openai.DefaultAsyncHttpxClient(transport=recorder, headers=PLAIN)
+    return openai.AsyncOpenAI(http_client=http_client, **options)
 
 
 PLAIN = {"accept-encoding": "identity"}  # a compressed reply cannot be read as it passes
@@ -392,7 +348,7 @@ class RecordingTransport(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
 
     def _record(self, request: httpx2.Request) -> ReplyReader:
         call, session = Call(request.url.path), current_session()
-        with suppress(httpx2.RequestNotRead, LookupError, TypeError, ValueError):  # an upload
+        with suppress(Exception):  # an upload, for example, names no model
             call.model = json.loads(request.content)["model"]
         if session is None:
             logger.warning("no session is current: %s is not recorded", call.path)
@@ -433,27 +389,29 @@ class ReplyReader:
     """Reads what a reply says about itself: model, tokens, error. Then it completes the call.
 
     It keeps one JSON reply or one event of a stream, and nothing of any other type. As a context
-    manager, it completes the call with the error that its block raises.
+    manager, it completes the call if its block raises.
     """
 
     def __init__(self, call: Call, session: Session, clock: Clock, price: Price) -> None:
         self._call, self._session, self._clock, self._price = call, session, clock, price
-        self._started, self._finished = clock(), False
-        self._facts: dict[str, Any] = {"error": None}
+        self._started = clock()
+        self._facts: dict[str, Any] = {}
         self._kind, self._unread = "", bytearray()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        if exc_type:
-            # GeneratorExit means that the caller has read enough: that is no error.
-            self.finish(None if exc_type is GeneratorExit else exc_type.__name__)
+        if exc_type is GeneratorExit:  # the caller has read enough: that is no error
+            self.finish()
+        elif exc_type:
+            self.finish(exc_type.__name__)
 
     def watch(self, reply: httpx2.Response) -> httpx2.Response:
         """Return the same reply, with a body that this reader reads along."""
         self._kind = reply.headers.get("content-type", "")
-        self._facts["error"] = f"HTTP {reply.status_code}" if reply.is_error else None
+        if reply.is_error:
+            self._facts["error"] = f"HTTP {reply.status_code}"
         body = RecordedBody(reply.stream, self)
         return httpx2.Response(
             reply.status_code, headers=reply.headers, stream=body, extensions=reply.extensions
@@ -475,28 +433,28 @@ class ReplyReader:
             reply = json.loads(text)
             reply = reply.get("response") or reply  # an event of the Responses API wraps it
             if reply.get("error"):
-                self._facts["error"] = self._facts["error"] or "error in the reply"
+                self._facts.setdefault("error", "error in the reply")
             flavor = FLAVORS[self._call.path.rpartition("/")[2]]
             model, usage = PROVIDER.extract_usage(reply, api_flavor=flavor)
-            self._facts |= {"model": model, "usage": usage}
+            self._facts |= {"model": model or self._call.model, "usage": usage}
 
     def finish(self, error: str | None = None) -> None:
-        """Complete the call, unless it is complete already."""
-        if self._finished:
+        """Complete the call, unless it is complete or its session is closed."""
+        if self._session.closed or self._call.duration is not None:
             return
-        self._finished = True
         self._read(self._unread)
+        if error:
+            self._facts["error"] = error
+        with suppress(Exception):  # a paid reply must not be lost; `Session.cost` will raise
+            self._facts["cost"] = self._price(self._facts["usage"], self._facts["model"])
         self._facts["duration"] = self._clock() - self._started
-        self._facts["error"] = error or self._facts["error"]
-        if "usage" in self._facts:
-            with suppress(Exception):  # a paid reply must not be lost; `Session.cost` will raise
-                self._facts["cost"] = self._price(self._facts["usage"], str(self._facts["model"]))
-        self._session.complete(self._call, **self._facts)
+        vars(self._call).update(self._facts)
 
 
 # --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 live = False  # --live
+OFFLINE: dict[str, Any] = {"api_key": "offline", "base_url": "http://stand-in/v1"}
 
 
 def stand_in(request: httpx2.Request) -> httpx2.Response:
@@ -506,55 +464,33 @@ def stand_in(request: httpx2.Request) -> httpx2.Response:
     message = {"role": "assistant", "content": f"(stand-in) You asked: {prompt}"}
     asked, answered = len(prompt.split()), len(message["content"].split())
     usage = {"prompt_tokens": asked, "completion_tokens": answered}
-    usage["total_tokens"] = asked + answered
     choice = {"index": 0, "finish_reason": "stop", "message": message, "delta": message}
     reply = {"id": "stand-in", "created": 0, "model": body["model"], "choices": [choice]}
     if not body.get("stream"):
         return httpx2.Response(200, json=reply | {"usage": usage})
-    wants_usage = body.get("stream_options", {}).get("include_usage")
-    chunks = [reply, reply | {"choices": [], "usage": usage}] if wants_usage else [reply]
-    events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
-    return httpx2.Response(200, content=events, headers={"content-type": "text/event-stream"})
+    events = [reply]
+    if "stream_options" in body:
+        events.append(reply | {"choices": [], "usage": usage})
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    return httpx2.Response(200, content=text, headers={"content-type": "text/event-stream"})
 
 
-class Server(httpx2.MockTransport):
-    """The stand-in as a server that keeps its requests, and may be busy for the first one."""
-
-    def __init__(self, busy: bool = False) -> None:
-        super().__init__(self.answer)
-        self.requests: list[httpx2.Request] = []
-        self.busy = busy
-
-    def answer(self, request: httpx2.Request) -> httpx2.Response:
-        self.requests.append(request)
-        if self.busy and len(self.requests) == 1:
-            return httpx2.Response(429, headers={"retry-after-ms": "10"})
-        return stand_in(request)
-
-
-OFFLINE: dict[str, Any] = {"api_key": "offline", "base_url": "http://stand-in/v1"}
-
-
-def offline_client() -> OpenAI:
+def offline_client() -> openai.OpenAI:
     """Make a recording client that asks the stand-in."""
-    return recording_client(Server(), **OFFLINE)
+    return recording_client(httpx2.MockTransport(stand_in), **OFFLINE)
 
 
 @contextmanager
 def asking_session(name: str) -> Iterator[Session]:
     """Open a session that asks the stand-in or, with --live, a real model."""
+    client = recording_client(timeout=120) if live else offline_client()
     model = os.environ.get("OPENAI_MODEL") if live else None
-    with recording_client(timeout=120) if live else offline_client() as client:
-        with smart_session(name, model=model, client=client) as session:
-            yield session
-
-
-def show_calls(session: Session) -> None:
-    """Show a session as a tree: its calls, numbered in order, and the sessions nested in it."""
-    console.print(tree_of(session, count(1)))
+    with client, smart_session(name, model=model, client=client) as session:
+        yield session
 
 
 def tree_of(session: Session, numbers: Iterator[int]) -> Tree:
+    """Return a session's calls, numbered in order, and the sessions nested in it, as a tree."""
     tree = Tree(Text(session.name))
     for entry in session.entries:
         if isinstance(entry, Session):
@@ -614,89 +550,90 @@ async def demo_global() -> None:
     say(_("In `job`, delete the line with `sleep`, and run demo 1 again."), "→ ")
 
 
+recorder = _current  # the name that chapter 06's comparison uses
+
+
 @contextmanager
-def careless_session(name: str) -> Iterator[Session]:
+def recording(name: str) -> Iterator[Session]:
     session = Session(name, parent=current_session())
-    if session.parent:
-        session.parent.entries.append(session)
-    token = _current.set(session)
-    yield session
-    _current.reset(token)
+    _current.set(session)
+    try:
+        yield session
+    finally:
+        _current.set(None)
 
 
 def article(opened: Any) -> None:
     say(ask("Before?"))
-    with suppress(ValueError), opened("title"):
+    with opened("title"):
         say(ask("Inside it?"))
-        raise ValueError
     say(ask("After the block?"))
 
 
 def demo_token() -> None:
     """`set` returns a Token, and `reset` needs it
 
-    `set` returns a Token that remembers the value before, and `reset(token)` restores it: the
-    outer session is current again, if that line runs. Nobody passes a session to `ask`, which
-    looks for the current one. The trees number the calls in order. `1 → 4 tokens` is one in,
-    four out. (The stand-in bills a token a word: $0.15 a million in, $0.60 out.)
+    `set` returns a Token that remembers the value before, and `reset(token)` restores it. llamabot
+    gave this chapter its idea: until 0.11.9, its `PromptRecorder` set the variable to `None` on
+    exit, as `recording` does. Nobody passes a session to `ask`, which looks for the current one.
+    In the trees, `1 → 4 tokens` is one in, four out. (The stand-in bills a token a word: $0.15 a
+    million in, $0.60 out.)
     """
-    show_code(article, careless_session)
-    question(_("The block of `title` raises. Which session records the third call?"))
-    for opened, pieces in ((careless_session, []), (smart_session, [restore])):
-        with asking_session("article") as session, bracket("article"), trace() as path:
-            copy_context().run(article, opened)
-        show_code(article, opened, *pieces, runs={_("raises"): path})
-        show_calls(session)
+    show_code(article, recording)
+    question(_("The inner block has ended, the outer one has not. Who records the third call?"))
+    for opened, pieces in ((recording, []), (smart_session, [restore])):
+        with suppress(LookupError), asking_session("article") as session, bracket("article"):
+            with trace() as path:
+                copy_context().run(article, opened)
+        show_code(article, opened, *pieces, runs={opened.__name__: path})
+        console.print(tree_of(session, count(1)))
         result = _("`{opened}`: article itself recorded {n} of its 2 calls.")
         result = result.format(opened=opened.__name__, n=len(session.calls))
         verdict(len(session.calls) == 2, result)
-    say(_("In `careless_session`, add `try` and `finally`, and run demo 2 again."), "→ ")
+    say(_("In `recording`, keep the Token and `reset` with it, and run demo 2 again."), "→ ")
 
 
-def find() -> str | None:
-    session = current_session()
-    return session.name if session else None
-
-
-async def find_everywhere(executor: Executor) -> dict[str, str | None]:
+async def find_everywhere(executor: Executor) -> dict[str, Any]:
+    run = copy_context().run
     return {
-        "an executor": executor.submit(find).result(),
-        "with a copy": executor.submit(copy_context().run, find).result(),
-        "to_thread": await asyncio.to_thread(find),
-        "this task": find(),
+        "an executor": executor.submit(current_session).result(),
+        "with a copy": executor.submit(run, current_session).result(),
+        "to_thread": await asyncio.to_thread(current_session),
+        "this task": current_session(),
     }
 
 
-async def outlive(client: AsyncOpenAI) -> tuple[Session, Any]:
+async def outlive(client: Any) -> tuple[list[Call], Any]:
     with smart_session("report", client=client) as session:
         task = asyncio.create_task(ask_async("Too late?"))
     [answer] = await asyncio.gather(task, return_exceptions=True)
-    return session, answer
+    return session.calls, answer
 
 
 async def demo_tasks_and_threads() -> None:
     """Tasks inherit the session, threads do not
 
-    A task starts with a copy of the context in which it is created, also in `gather` and in a
-    TaskGroup. `asyncio.to_thread` passes on a copy, too. A thread or an executor starts with an
+    A task, even one of `gather` or a TaskGroup, starts with a copy of the context in which it is
+    created. `asyncio.to_thread` passes on a copy, too. A thread or an executor starts with an
     empty context, so give each job a copy. (Python 3.14 has an option for threads,
     `-X thread_inherit_context=1`.) A task keeps its copy after the block has ended, so a closed
     session must refuse its calls.
     """
-    show_code(find_everywhere, find)
+    show_code(find_everywhere)
     question(_("The session report is current. Which of the four calls does not find it?"))
-    with ThreadPoolExecutor() as executor, smart_session("report"):
-        found = await asyncio.create_task(find_everywhere(executor))
-        for way, name in found.items():
-            verdict(name == "report", f"{way}: {name}")
+    with ThreadPoolExecutor() as executor, smart_session("report") as session:
+        ways = await asyncio.create_task(find_everywhere(executor))
+    for way, found in ways.items():
+        verdict(found is session, f"{way}: {found.name if found else None}")
     show_code(outlive)
     question(_("The task starts after the block has ended. Is its question sent?"))
-    async with async_recording_client(server := Server(), **OFFLINE) as client:
+    async with async_recording_client(httpx2.MockTransport(stand_in), **OFFLINE) as client:
         with trace() as path:
-            session, answer = await outlive(client)
+            calls, answer = await outlive(client)
     show_code(outlive, runs={_("too late"): path})
-    say(str(answer))
-    show_requests(server, session)
+    result = _("report recorded {n} calls, and the task got: {answer}")
+    refused = isinstance(answer, SessionClosedError)
+    verdict(refused or len(calls) == 1, result.format(n=len(calls), answer=answer))
     say(_("In `outlive`, indent the line with `gather`, and run demo 3 again."), "→ ")
 
 
@@ -721,29 +658,44 @@ def demo_generators() -> None:
     """
     show_code(read_one, answers)
     question(_("Call 1 is the generator's. Call 2 is the caller's own: who records it?"))
-    generators: dict[str, tuple[Any, ...]] = {
-        "answers()": (answers, read_one, answers),
-        "isolated(answers())": (lambda: isolated(answers()), read_one, answers, isolated),
-    }
-    for code, (make, *pieces) in generators.items():
-        with asking_session("caller") as session, closing(make()) as items, trace() as path:
+    for code, items, pieces in (
+        ("answers()", answers(), [answers]),
+        ("isolated(answers())", isolated(answers()), [answers, isolated]),
+    ):
+        with asking_session("caller") as session, closing(items), trace() as path:
             read_one(items)
-        show_code(*pieces, runs={_("one answer"): path})
-        show_calls(session)
+        show_code(read_one, *pieces, runs={_("one answer"): path})
+        console.print(tree_of(session, count(1)))
         result = _("`{code}`: caller itself recorded {n} of its 1 calls.")
         verdict(len(session.calls) == 1, result.format(code=code, n=len(session.calls)))
     say(_("In `isolated`, replace `context.run(...)` by `next(...)`, and run demo 4 again."), "→ ")
 
 
-def record_above(client: Any, session: Session) -> None:
+def busy_at_first(sent: list[httpx2.Request]) -> httpx2.MockTransport:
+    """Return the stand-in as a server that is busy for the first of the requests `sent` to it."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request)
+        if len(sent) > 1:
+            return stand_in(request)
+        return httpx2.Response(429, headers={"retry-after-ms": "10"})
+
+    return httpx2.MockTransport(answer)
+
+
+def wrapped_client(transport: Any, **options: Any) -> Any:
+    http_client = httpx2.Client(transport=transport)
+    client: Any = openai.OpenAI(http_client=http_client, **options)
     create = client.chat.completions.create
 
     def recorded(**request: Any) -> Any:
         reply = create(**request)
-        session.record(Call("create", request["model"]))
+        if session := current_session():
+            session.record(Call("create", request["model"]))
         return reply
 
     client.chat.completions.create = recorded
+    return client
 
 
 def somebody_elses(client: Any) -> None:
@@ -756,13 +708,6 @@ def somebody_elses(client: Any) -> None:
         next(stream)
 
 
-def show_requests(server: Server, session: Session) -> None:
-    show_calls(session)
-    sent, recorded = len(server.requests), len(session.calls)
-    result = _("Requests sent: {sent}, recorded: {recorded}.")
-    verdict(sent == recorded, result.format(sent=sent, recorded=recorded))
-
-
 def demo_recording_client() -> None:
     """A client that records every call
 
@@ -772,60 +717,22 @@ def demo_recording_client() -> None:
     event: its tokens stay unknown. (The server is always a stand-in. It is busy at first, so
     the SDK retries.)
     """
-    show_code(somebody_elses, record_above)
+    show_code(somebody_elses, wrapped_client)
     question(_("Three calls, and the first one is sent twice. How many does the wrapper record?"))
-    server = Server(busy=True)
-    http_client = httpx2.Client(transport=server)
-    with OpenAI(http_client=http_client, **OFFLINE) as client, smart_session("above") as session:
-        record_above(client, session)
-        somebody_elses(client)
-    show_requests(server, session)
-    server = Server(busy=True)
-    with recording_client(server, **OFFLINE) as client, smart_session("below") as session:
-        with trace() as path:
-            somebody_elses(client)
-    pieces = (RecordingTransport.handle_request, RecordedBody.__iter__)
-    show_code(*pieces, runs={_("below the SDK"): path})
-    show_requests(server, session)
+    for make, pieces in (
+        (wrapped_client, [wrapped_client]),
+        (recording_client, [RecordingTransport.handle_request, RecordedBody.__iter__]),
+    ):
+        sent: list[httpx2.Request] = []
+        with trace() as path, smart_session("report") as session:
+            with make(busy_at_first(sent), **OFFLINE) as client:
+                somebody_elses(client)
+        show_code(*pieces, runs={make.__name__: path})
+        console.print(tree_of(session, count(1)))
+        result = _("Requests sent: {sent}, recorded: {recorded}.")
+        result = result.format(sent=len(sent), recorded=len(session.calls))
+        verdict(len(sent) == len(session.calls), result)
     say(_("In `somebody_elses`, delete `stream_options`, and run demo 5 again."), "→ ")
-
-
-recorder: ContextVar[Session | None] = ContextVar("recorder", default=None)
-
-
-@contextmanager
-def recording(name: str) -> Iterator[Session]:
-    recorder.set(session := Session(name))
-    try:
-        yield session
-    finally:
-        recorder.set(None)
-
-
-def nested(opened: Any, current: Any) -> Any:
-    with opened("outer"):
-        with opened("inner"):
-            pass
-        return current()
-
-
-def demo_llamabot() -> None:
-    """llamabot's rule: `None`, without a Token
-
-    This chapter owes its idea to llamabot, whose `PromptRecorder` kept itself in a `ContextVar`
-    (removed after 0.11.9). On exit, it set the variable to `None`. Without a Token, the outer
-    session is lost. (`recording` is that rule in our own words; chapter 06 compares more.)
-    """
-    show_code(nested, recording)
-    question(_("The inner block has ended, the outer one has not. What does `current()` return?"))
-    for opened, current in ((recording, recorder.get), (smart_session, current_session)):
-        with trace() as path:
-            found = copy_context().run(nested, opened, current)
-        show_code(nested, opened, runs={_("ends well"): path})
-        name = found.name if found else None
-        result = _("With `{opened}`, the current session is {name}.")
-        verdict(name == "outer", result.format(opened=opened.__name__, name=name))
-    say(_("In `recording`, keep the Token and `reset` with it, and run demo 6 again."), "→ ")
 
 
 DEMOS = (
@@ -834,7 +741,6 @@ DEMOS = (
     demo_tasks_and_threads,
     demo_generators,
     demo_recording_client,
-    demo_llamabot,
 )
 KEY_POINTS = """\
 * All tasks share a global. A `ContextVar` has a value for each task and each thread.
@@ -848,15 +754,17 @@ KEY_POINTS = """\
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. If a real model does not answer, exit with one line."""
     global live
-    text = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    text = _("ask a real model in demos 2 and 4: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
     parser.add_argument("--live", action="store_true", help=text)
     options = parser.parse_args()
     if options.live and not os.environ.get("OPENAI_API_KEY"):
         parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
     live = options.live
+    if live:
+        say(_("Demos 2 and 4 ask a real model. The others stay offline."))
     try:
         yield options
-    except (OpenAIError, ReplyError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+    except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, ValueError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         parser.exit(1, f"{parser.prog}: the model did not answer: {message}\n")
 
