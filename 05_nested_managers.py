@@ -7,10 +7,10 @@
 After this chapter you can nest managers and say in which order they end, cap what calls to a
 model cost even if some of them time out, and choose the order of layers that work together.
 
-    python 05_nested_managers.py          run all five demos
-    python 05_nested_managers.py 2 3      run demos 2 and 3
-    python 05_nested_managers.py --step   wait for Enter at each question
-    python 05_nested_managers.py --live   ask a real model in demos 2 and 5
+    python 05_nested_managers.py            run all five demos
+    python 05_nested_managers.py 2 3        run demos 2 and 3
+    python 05_nested_managers.py --step     wait for Enter at each question
+    python 05_nested_managers.py 5 --live   ask a real model in demo 5
 
 Read `Budget.reserve` first, then run the demos. Offline, the OpenAI client and the prices are
 real. A stand-in answers: it repeats the question and bills one token for every four bytes.
@@ -26,7 +26,6 @@ import asyncio
 import gettext
 import inspect
 import json
-import logging
 import os
 import re
 import signal
@@ -43,13 +42,13 @@ from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal, localcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType, SimpleNamespace
-from typing import Any, NamedTuple, Self, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import genai_prices
 import httpx2
 import openai
-from openai.types.chat import ChatCompletionMessage
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.syntax import Syntax
@@ -60,8 +59,6 @@ T = TypeVar("T")
 Dollars = Decimal | int
 Clock = Callable[[], float]  # returns seconds since some fixed moment
 Price = Callable[[int, int, int], Decimal]  # of input, output and cached input tokens
-logger = logging.getLogger("workshop.nested")
-logger.addHandler(logging.NullHandler())  # silent, unless the application configures logging
 EXACT = Context(prec=50)  # sums do not depend on the caller's decimal context
 
 
@@ -83,48 +80,34 @@ def format_usd(amount: Decimal) -> str:
     return f"${amount.normalize(EXACT):f}"
 
 
+@dataclass(eq=False)
 class Scope:
     """An object that works only inside the `with` block that made it."""
 
-    closed_error: type[RuntimeError] = RuntimeError
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_open = True
+    name: str
+    is_open: bool = field(default=True, init=False)
+    closed_error: ClassVar[type[RuntimeError]] = RuntimeError
 
     def check_open(self) -> None:
         if not self.is_open:
             kind = type(self).__name__
             raise self.closed_error(f"{kind} {self.name!r} is closed: use it inside its block")
 
-
-class Balance(NamedTuple):
-    """A budget's money at one moment, in US dollars."""
-
-    limit: Decimal
-    spent: Decimal
-    reserved: Decimal
-
-    @property
-    def remaining(self) -> Decimal:
-        """What can still be reserved. Negative if a call cost more than its worst case."""
-        return EXACT.subtract(EXACT.subtract(self.limit, self.spent), self.reserved)
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """Work for the duration of a block."""
+        try:
+            yield self
+        finally:
+            self.is_open = False
 
 
 class BudgetExceededError(RuntimeError):
     """A worst case does not fit. Nothing is reserved on any level: do not make the call."""
 
-    def __init__(self, name: str, balance: Balance, asked: Decimal) -> None:
-        super().__init__(name, balance, asked)  # all of them, or it could not be unpickled
-        self.name, self.balance, self.asked = name, balance, asked
-
-    def __str__(self) -> str:
-        limit, _spent, reserved = map(format_usd, self.balance)
-        return (
-            f"budget {self.name!r} has {format_usd(self.balance.remaining)} left of {limit}, with "
-            f"{reserved} reserved by other calls, but {format_usd(self.asked)} is needed: "
-            "wait for those calls, ask for a shorter answer, or raise the limit"
-        )
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name  # of the level that refuses
 
 
 class Reservation:
@@ -142,24 +125,21 @@ class Reservation:
     def settle(self, actual: Dollars) -> None:
         """Record what the call cost. The rest of the worst case can be reserved again at once.
 
-        Settle at 0 only a call that was not billed. A cost above the worst case is
-        recorded, too, and logged. Raises RuntimeError if the reservation is settled already.
+        Settle at 0 only a call that was not billed. A cost above the worst case counts in full.
+        Raises RuntimeError if the reservation is settled already.
         """
         cost = money(actual, "the actual cost")
         # subtle: one step, which no thread and no signal can divide. The first cost stays.
         if self._outcome.setdefault("cost", cost) is not cost:
             first = format_usd(self._outcome["cost"])
             raise RuntimeError(f"this reservation is settled at {first}")
-        if cost > self.worst_case:
-            reserved, spent = format_usd(self.worst_case), format_usd(cost)
-            logger.warning("reserved %s, but the call cost %s", reserved, spent)
 
 
 class Budget(Scope):
     """A limit in US dollars for all calls inside, from any number of tasks and threads.
 
-    A child's calls count on every level above it. Each level adds up the reservations that it
-    knows, so that a call is settled on all levels in one step, which no signal can divide.
+    A child's calls count on every level above it. A call is settled on all levels in one step,
+    which no signal can divide: each level adds up the reservations that it knows.
 
     A forked process gets a copy, and copies know nothing of each other: open a new budget
     there. Do not reserve in a signal handler or a `__del__`: it could deadlock.
@@ -173,30 +153,26 @@ class Budget(Scope):
         # What ended reservations cost, and the others. One tuple, replaced in one step.
         self._ledger: tuple[Decimal, tuple[Reservation, ...]] = (Decimal(0), ())
 
-    def balance(self) -> Balance:
-        """Return all amounts at the same moment. The properties, read in turn, may disagree."""
-        spent, under_way = self._add_up()
-        reserved = Decimal(0)
-        for reservation in under_way:
-            reserved = EXACT.add(reserved, reservation.worst_case)
-        return Balance(self.limit, spent, reserved)
-
     @property
     def spent(self) -> Decimal:
-        return self.balance().spent
+        return self._add_up()[0]
 
     @property
     def reserved(self) -> Decimal:
-        return self.balance().reserved
+        return self._add_up()[1]
 
     @property
     def remaining(self) -> Decimal:
-        """What this level has left. A level above it may have less."""
-        return self.balance().remaining
+        """What can still be reserved on this level. A level above it may have less.
+
+        Negative if a call cost more than its worst case.
+        """
+        spent, reserved, _under_way = self._add_up()
+        return EXACT.subtract(EXACT.subtract(self.limit, spent), reserved)
 
     def child(self, limit: Dollars, name: str) -> AbstractContextManager[Budget]:
         """Open a budget inside this one. It is a cap, not a share: nothing is set aside for it."""
-        return budget(limit, name, parent=self)
+        return Budget(limit, name, parent=self).opened()
 
     @contextmanager
     def reserve(self, worst_case: Dollars) -> Iterator[Reservation]:
@@ -206,8 +182,7 @@ class Budget(Scope):
         whole worst case is spent: a call that timed out may have been billed.
         Raises BudgetExceededError if a level has too little left, RuntimeError if one is closed.
         """
-        worst = money(worst_case, "the worst case")
-        reservation = Reservation(worst)
+        reservation = Reservation(money(worst_case, "the worst case"))
         try:
             self._add(reservation)
         except BaseException:
@@ -216,12 +191,8 @@ class Budget(Scope):
         try:
             yield reservation
         finally:
-            unknown = not reservation._outcome
             # subtle: not `settle`. Ctrl-C during that call could leave the cost unrecorded.
-            reservation._outcome.setdefault("cost", worst)
-            if unknown:
-                amount = format_usd(worst)
-                logger.warning("%r: unknown outcome, %s spent", self.name, amount)
+            reservation._outcome.setdefault("cost", reservation.worst_case)
 
     def _add(self, reservation: Reservation) -> None:
         with self._lock:  # nobody reserves between the check and the addition
@@ -229,38 +200,37 @@ class Budget(Scope):
                 # subtle: not `if` here. Ctrl-C after it would keep the lock, on Python 3.13.0.
                 level._check_fits(reservation.worst_case)
             for level in self._levels:
-                spent, under_way = level._add_up()
+                spent, _reserved, under_way = level._add_up()
                 level._ledger = (spent, (*under_way, reservation))
 
     def _check_fits(self, worst_case: Decimal) -> None:
         self.check_open()
-        balance = self.balance()
-        if worst_case > balance.remaining:
-            raise BudgetExceededError(self.name, balance, worst_case)
+        remaining = self.remaining
+        if worst_case > remaining:
+            left = f"{format_usd(remaining)} left of {format_usd(self.limit)}"
+            raise BudgetExceededError(
+                f"budget {self.name!r} has {left}, but {format_usd(worst_case)} is needed: "
+                "wait for other calls, ask for a shorter answer, or raise the limit",
+                self.name,
+            )
 
-    def _add_up(self) -> tuple[Decimal, list[Reservation]]:
-        """Return what was spent, and the reservations that are still under way."""
+    def _add_up(self) -> tuple[Decimal, Decimal, list[Reservation]]:
+        """Return what is spent, what is reserved, and the reservations that are under way."""
         spent, reservations = self._ledger
-        under_way = []
+        reserved, under_way = Decimal(0), []
         for reservation in reservations:
             cost = reservation.actual
             if cost is None:
+                reserved = EXACT.add(reserved, reservation.worst_case)
                 under_way.append(reservation)
             else:
                 spent = EXACT.add(spent, cost)
-        return spent, under_way
+        return spent, reserved, under_way
 
 
-@contextmanager
-def budget(
-    limit: Dollars, name: str = "budget", *, parent: Budget | None = None
-) -> Iterator[Budget]:
+def budget(limit: Dollars, name: str = "budget") -> AbstractContextManager[Budget]:
     """Cap what the calls in a block cost. A reservation that outlives it still counts."""
-    opened = Budget(limit, name, parent)
-    try:
-        yield opened
-    finally:
-        opened.is_open = False
+    return Budget(limit, name).opened()
 
 
 class Statistics(NamedTuple):
@@ -275,7 +245,6 @@ class Statistics(NamedTuple):
 
 
 def summary(durations: list[float], errors: int) -> Statistics:
-    """Summarise one or more durations."""
     ranked = sorted(durations)
     # Nearest rank: the shortest duration that at least so many per cent do not exceed.
     p50, p95 = (ranked[(percent * len(ranked) + 99) // 100 - 1] for percent in (50, 95))
@@ -286,19 +255,19 @@ class Monitor(Scope):
     """Durations and errors by operation, from any number of tasks and threads.
 
     What a child measures is in the reports of all levels above it, too. Every measurement is
-    kept (about 150 bytes), so that percentiles are exact.
+    kept, so that percentiles are exact.
     """
 
     def __init__(self, name: str, clock: Clock, parent: Monitor | None = None) -> None:
         super().__init__(name)
         self._clock = clock
         self._levels: tuple[Monitor, ...] = (self, *(parent._levels if parent else ()))
-        self._log: list[tuple[tuple[Monitor, ...], str, float, bool]]
-        self._log = parent._log if parent else []  # one for all levels
+        # Of all levels: who measured, the operation, its seconds, and whether it failed.
+        self._log: list[tuple[Monitor, str, float, bool]] = parent._log if parent else []
 
     def child(self, name: str) -> AbstractContextManager[Monitor]:
         """Open a monitor inside this one."""
-        return monitor(name, self._clock, parent=self)
+        return Monitor(name, self._clock, parent=self).opened()
 
     @contextmanager
     def measure(self, operation: str) -> Iterator[None]:
@@ -314,40 +283,31 @@ class Monitor(Scope):
         finally:
             seconds = self._clock() - started
             # One step, so no lock: the garbage collector may end a `measure` inside another.
-            self._log.append((self._levels, operation, seconds, failed))
+            self._log.append((self, operation, seconds, failed))
 
     def report(self) -> dict[str, Statistics]:
         """Return what was measured so far, by operation. It works after the block, too."""
         durations: dict[str, list[float]] = defaultdict(list)
         errors: Counter[str] = Counter()
-        for levels, operation, seconds, failed in self._log.copy():
-            if self in levels:
+        for measured_by, operation, seconds, failed in self._log.copy():
+            if self in measured_by._levels:
                 durations[operation].append(seconds)
                 errors[operation] += failed
         return {name: summary(taken, errors[name]) for name, taken in durations.items()}
 
 
-@contextmanager
-def monitor(
-    name: str, clock: Clock = time.perf_counter, *, parent: Monitor | None = None
-) -> Iterator[Monitor]:
+def monitor(name: str, clock: Clock = time.perf_counter) -> AbstractContextManager[Monitor]:
     """Measure operations in a block."""
-    opened = Monitor(name, clock, parent)
-    try:
-        yield opened
-    finally:
-        opened.is_open = False
+    return Monitor(name, clock).opened()
 
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Commit what the block did to the database, or roll all of it back if the block raises.
 
-    Raises RuntimeError if a transaction is already open, or if the connection has an `autocommit`
-    (chapter 01 says more).
+    Raises RuntimeError if a transaction is already open (with `autocommit=False`, one always is).
+    Chapter 01 says more.
     """
-    if getattr(connection, "autocommit", -1) != -1:  # -1, the default, came with Python 3.12
-        raise RuntimeError("the connection has autocommit set: connect without it")
     if connection.in_transaction:
         raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
     # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
@@ -396,70 +356,42 @@ def was_refused(error: openai.OpenAIError) -> bool:
 
 
 def message_of(completion: Any) -> dict[str, Any]:
-    """Return the message of a whole answer: one with a finish reason and something said.
+    """Return the answer as a message. Raises ReplyError if it is not whole.
 
-    Raises ReplyError for anything else that a server may send.
+    It is whole if it has a finish reason, and a content, a refusal or calls of tools.
     """
-    choices = getattr(completion, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(choice, "message", None)
-    shown = "not UTF-8, or nested too deeply"
+    with suppress(AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        choice = completion.choices[0]
+        parts = {"content", "refusal", "tool_calls"}
+        said = choice.message.model_dump(include=parts, exclude_none=True, warnings=False)
+        message = {"role": "assistant", **said}
+        ChatCompletionMessage.model_validate(message)
+        json.dumps(message, ensure_ascii=False).encode()  # the next request must hold it, too
+        if choice.finish_reason and ("content" in said or "refusal" in said or said["tool_calls"]):
+            return message
+    shown = "nested too deeply"
     with suppress(ValueError, RecursionError):
-        if isinstance(message, ChatCompletionMessage) and getattr(choice, "finish_reason", None):
-            parts = {"content", "refusal", "tool_calls"}
-            said = message.model_dump(include=parts, exclude_none=True, warnings=False)
-            json.dumps(said, ensure_ascii=False).encode()  # the next request must hold it, too
-            calls = said.get("tool_calls", [])
-            texts = [said[part] for part in ("content", "refusal") if part in said]
-            if (
-                all(isinstance(text, str) for text in texts)
-                and isinstance(calls, list)
-                and all(isinstance(call, dict) for call in calls)
-                and (texts or calls)
-            ):
-                return {"role": "assistant", **said}
-        whole_reply = getattr(completion, "to_dict", lambda warnings: completion)
-        shown = str(whole_reply(warnings=False))
+        is_object = isinstance(completion, ChatCompletion)
+        shown = str(completion.to_dict(mode="python", warnings=False) if is_object else completion)
     raise ReplyError(f"the reply is not a whole answer: {textwrap.shorten(shown, 200)}")
 
 
-@contextmanager
-def one_turn(lock: threading.Lock, name: str) -> Iterator[None]:
-    """Hold the lock for a turn. Raises RuntimeError if another turn holds it."""
-    if not lock.acquire(blocking=False):
-        raise RuntimeError(f"session {name!r} is in a turn: it takes one at a time")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
+@dataclass(eq=False, repr=False)
 class Session(Scope):
     """One conversation with a model. It takes one turn at a time.
 
     `cost` is in US dollars, so far. A call whose outcome is unknown counts as its worst case.
     """
 
+    model: str
+    max_output_tokens: int
+    _price: Price
+    _client: openai.OpenAI
+    _owns_client: bool
+    messages: list[Any] = field(default_factory=list)
+    cost: Decimal = Decimal(0)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a turn is under way
     closed_error = SessionClosedError
-
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        client: openai.OpenAI,
-        owns_client: bool,
-        max_output_tokens: int,
-        price: Price,
-    ) -> None:
-        super().__init__(name)
-        self.model, self.max_output_tokens = model, max_output_tokens
-        self.messages: list[Any] = []
-        self.cost = Decimal(0)
-        # subtle: a reservation covers one attempt. A retry after a timeout may be billed, too.
-        self._client = client.with_options(max_retries=0)
-        self._owns_client = owns_client
-        self._price = price
-        self._turn = threading.Lock()  # held while a turn is under way
 
     def worst_case(self, prompt: str) -> Decimal:
         """Return the most that asking this now can cost.
@@ -468,75 +400,80 @@ class Session(Scope):
         least as many bytes as the input has tokens. The bound holds if the server adds no prompt
         of its own and keeps to the output limit.
         """
-        asked = [*self.messages, {"role": "user", "content": prompt}]
-        size = len(json.dumps(asked, ensure_ascii=False).encode())
+        size = len(json.dumps(self._request(prompt), ensure_ascii=False).encode())
         return money(self._price(size, self.max_output_tokens, 0), "the price")
 
-    def ask(self, prompt: str, settle: Callable[[Decimal], object] = lambda cost: None) -> str:
-        """Ask, and return the answer. Call `settle` with the cost, if that is known.
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the session for one turn. After Ctrl-C in a turn, open a new session.
 
-        Calls of tools come back as JSON. After Ctrl-C in `ask`, open a new session.
-        A turn that fails is not in `messages`. If the block ends during a turn, the call goes
-        on and its cost counts, but `ask` raises SessionClosedError. Raises RuntimeError if
-        another thread is in a turn, ReplyError if the reply is not a whole answer,
-        openai.OpenAIError if there is no reply.
+        The end of the session's block does not interrupt a turn. Raises RuntimeError if another
+        turn is under way.
         """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(f"session {self.name!r} is in a turn: it takes one at a time")
         try:
-            with one_turn(self._turn, self.name):
-                self.check_open()
-                said = message_of(self._call(prompt, settle))
-                self.check_open()
-                self.messages = [*self.messages, {"role": "user", "content": prompt}, said]
+            self.check_open()
+            yield
         finally:
+            self._lock.release()
             self._close_client()
-        calls = said.get("tool_calls")
-        text: str = said.get("content") or said.get("refusal") or ""
-        return text or (json.dumps(calls) if calls else "")
+
+    def ask(self, prompt: str, settle: Callable[[Decimal], object] = lambda cost: None) -> str:
+        """Ask, and return the answer ("" if it has only calls of tools).
+
+        Call `settle` with the cost, if that is known, even if the turn fails. A turn that fails
+        is not in `messages`. Raises openai.OpenAIError if there is no reply, ReplyError if the
+        reply is not a whole answer, and SessionClosedError if the session's block has ended.
+        """
+        with self.turn():
+            return self.ask_in_turn(prompt, settle)
+
+    def ask_in_turn(self, prompt: str, settle: Callable[[Decimal], object]) -> str:
+        """Ask, as `ask` does, but inside the block of `turn`."""
+        answer = message_of(self._call(prompt, settle))
+        self.check_open()
+        self.messages = [*self._request(prompt), answer]
+        return str(answer.get("content") or answer.get("refusal") or "")
+
+    def _request(self, prompt: str) -> list[Any]:
+        return [*self.messages, {"role": "user", "content": prompt}]
 
     def _call(self, prompt: str, settle: Callable[[Decimal], object]) -> Any:
-        asked = [*self.messages, {"role": "user", "content": prompt}]
         worst_case, cost = self.worst_case(prompt), None
         try:
-            completion = self._create(asked)
-            cost = self._cost_of(getattr(completion, "usage", None))
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=self._request(prompt),
+                max_completion_tokens=self.max_output_tokens,
+            )
+            with suppress(Exception):  # an unusable report costs the worst case, not the answer
+                cost = self._cost_of(completion.usage)
+            return completion
         except openai.OpenAIError as error:
             if was_refused(error):
                 cost = Decimal(0)
             raise
-        finally:
-            self.cost = EXACT.add(self.cost, worst_case if cost is None else cost)
-            if cost is not None:
-                settle(cost)
-        return completion
-
-    def _create(self, asked: list[Any]) -> Any:
-        try:
-            return self._client.chat.completions.create(
-                model=self.model, messages=asked, max_completion_tokens=self.max_output_tokens
-            )
         except UnicodeEncodeError:  # of the request: the API key is not ASCII
             raise
         except (ValueError, RecursionError) as error:  # the SDK lets them through
             raise ReplyError(f"the reply is not JSON that Python reads: {error}") from error
+        finally:
+            self.cost = EXACT.add(self.cost, worst_case if cost is None else cost)
+            if cost is not None:
+                settle(cost)
 
-    def _cost_of(self, usage: Any) -> Decimal | None:
-        """Return the price of a reported usage, or None if that is unknown."""
-        details = getattr(usage, "prompt_tokens_details", None)
-        counts: list[Any] = [
-            getattr(usage, "prompt_tokens", None),
-            getattr(usage, "completion_tokens", None),
-            getattr(details, "cached_tokens", None) or 0,
-        ]
-        if any(type(count) is not int or count < 0 for count in counts) or counts[0] == 0:
-            return None
-        try:
-            return money(self._price(*counts), "the price")
-        except Exception:  # more cached than input tokens, say: a paid reply must not be lost
-            return None
+    def _cost_of(self, usage: Any) -> Decimal:
+        """Return the price of a reported usage. Raises any exception if it is unusable."""
+        cached = getattr(usage.prompt_tokens_details, "cached_tokens", None) or 0
+        counts = (usage.prompt_tokens, usage.completion_tokens, cached)
+        if not all(type(count) is int and count >= 0 for count in counts) or counts[0] == 0:
+            raise ValueError(f"impossible: {counts}")
+        return money(self._price(*counts), "the price")
 
     def _close_client(self) -> None:
         """Close the session's own client, once the block has ended and no turn is under way."""
-        if self._owns_client and not self.is_open and not self._turn.locked():
+        if self._owns_client and not self.is_open and not self._lock.locked():
             self._client.close()
 
 
@@ -557,13 +494,14 @@ def session(
     """
     price = price or partial(list_price, model)
     money(price(1, 1, 0), "the price")  # fail now, not when the first call is paid
-    given = client or openai.OpenAI()
-    opened = Session(name, model, given, client is None, max_output_tokens, price)
+    # subtle: a reservation covers one attempt. A retry after a timeout may be billed, too.
+    one_attempt = (client or openai.OpenAI()).with_options(max_retries=0)
+    chat = Session(name, model, max_output_tokens, price, one_attempt, client is None)
     try:
-        yield opened
+        with chat.opened():
+            yield chat
     finally:
-        opened.is_open = False
-        opened._close_client()
+        chat._close_client()
 
 
 @dataclass(frozen=True)
@@ -574,22 +512,21 @@ class GovernedSession:
     monitor: Monitor
     transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
     session: Session
-    _turn: threading.Lock = field(
-        default_factory=threading.Lock, init=False, repr=False, compare=False
-    )
 
     def ask(self, prompt: str) -> str:
         """Reserve, measure, call, settle; then save the turn, in a transaction of its own.
 
-        Before it calls, it raises BudgetExceededError, or RuntimeError if another thread is in a
-        turn. If the turn cannot be saved, it raises sqlite3.Error, or RuntimeError if you left a
-        transaction open: then the turn is paid for, and in `session.messages`.
+        Nothing is sent if the call does not fit, if another thread is in a turn, or if
+        `transaction` cannot begin. If the turn cannot be saved after all, that error propagates:
+        then the turn is paid for, and in `session.messages`.
         """
-        with one_turn(self._turn, self.session.name):  # a turn between would raise the worst case
+        with self.session.turn():
+            with self.transaction():
+                pass  # fail now if nothing can be saved, not when the call is paid
             worst_case = self.session.worst_case(prompt)
             with self.budget.reserve(worst_case) as reservation:
                 with self.monitor.measure("ask"):
-                    answer = self.session.ask(prompt, reservation.settle)
+                    answer = self.session.ask_in_turn(prompt, reservation.settle)
             with self.transaction() as connection:
                 turn = (self.session.name, prompt, answer)
                 connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
@@ -626,70 +563,37 @@ def governed_session(
 
 # --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
-options: dict[str, Any] = {}  # of every session: --live puts its model, timeout and price here
+options: dict[str, Any] = {}  # of the session in demo 5: --live puts its model and price here
 
 
 def stand_in(request: httpx2.Request) -> httpx2.Response:
     """Repeat the question, and bill one token for every four bytes."""
     asked = json.loads(request.content)
     answer = asked["messages"][-1]["content"][: 4 * asked["max_completion_tokens"]]
-    sizes = [len(json.dumps(asked["messages"], ensure_ascii=False).encode()), len(answer.encode())]
-    tokens = [(size + 3) // 4 for size in sizes]
-    message = {"role": "assistant", "content": answer}
-    usage = {
-        "prompt_tokens": tokens[0],
-        "completion_tokens": tokens[1],
-        "total_tokens": sum(tokens),
-    }
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    size = len(json.dumps(asked["messages"], ensure_ascii=False).encode())
+    usage = {"prompt_tokens": size // 4, "completion_tokens": len(answer.encode()) // 4}
+    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
     return httpx2.Response(200, json={"choices": [choice], "usage": usage})
 
 
 def offline_client(while_answering: Callable[[], None] = lambda: None) -> openai.OpenAI:
     """The real client on an in-process transport, where the stand-in answers."""
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        while_answering()
-        return stand_in(request)
-
-    transport = httpx2.MockTransport(answer)
-    return openai.OpenAI(api_key="offline", http_client=httpx2.Client(transport=transport))
+    hooks = {"request": [lambda request: while_answering()]}
+    http_client = httpx2.Client(transport=httpx2.MockTransport(stand_in), event_hooks=hooks)
+    return openai.OpenAI(api_key="offline", http_client=http_client)
 
 
-@contextmanager
-def talk(name: str, while_answering: Callable[[], None] = lambda: None) -> Iterator[Session]:
-    """Open a session with the stand-in, or with the model of --live."""
-    with ExitStack() as stack:
-        if options:
-            hooks = {"request": [lambda request: while_answering()]}
-            http = openai.DefaultHttpxClient(event_hooks=hooks)
-            client = openai.OpenAI(http_client=http, timeout=60)
-        else:
-            client = offline_client(while_answering)
-        stack.enter_context(client)
-        yield stack.enter_context(session(name, client=client, **options))
+def live_client(while_answering: Callable[[], None]) -> openai.OpenAI:
+    hooks = {"request": [lambda request: while_answering()]}
+    http_client = openai.DefaultHttpxClient(event_hooks=hooks)
+    return openai.OpenAI(http_client=http_client, timeout=60)
 
 
 @contextmanager
 def shown(label: str, manager: AbstractContextManager[T]) -> Iterator[T]:
-    """Wrap a manager that another one enters: draw its bracket, then enter it."""
+    """Enter a manager, and draw its bracket."""
     with bracket(label), manager as value:
         yield value
-
-
-def show_money(*budgets: Budget) -> None:
-    """Draw each budget as a bar: █ spent, ▒ reserved, · left."""
-    for each in budgets:
-        balance = each.balance()
-        spent = round(20 * balance.spent / balance.limit)
-        taken = round(20 * (balance.spent + balance.reserved) / balance.limit)
-        bar = "█" * spent + "▒" * (taken - spent) + "·" * (20 - taken)
-        amounts = _("█ {spent} ▒ {reserved} · {left} left").format(
-            spent=format_usd(balance.spent),
-            reserved=format_usd(balance.reserved),
-            left=format_usd(balance.remaining),
-        )
-        say(f"{bar} {amounts}", mark=f"{each.name:6}")
 
 
 @contextmanager
@@ -700,7 +604,7 @@ def layer(name: str, exited: list[str]) -> Iterator[None]:
     finally:
         exited.append(name)
         if name == "b":
-            raise OSError("no room for the report")
+            raise OSError
 
 
 def work() -> float:
@@ -729,32 +633,25 @@ def on_a_stack(*layers: Any) -> None:
 def demo_three_ways() -> None:
     """Three ways to nest, and the order in which they end
 
-    Nested blocks, one block with several managers, and an `ExitStack`. All three exit the
-    layers in reverse order. Here `work` raises ZeroDivisionError, then the cleanup of `b`
-    raises OSError. `a` is cleaned up anyway. OSError propagates, with the first error as its
-    `__context__`.
+    One block with several managers is the usual choice. Nest blocks if something happens between
+    two layers. Use an `ExitStack` if you know only at run time how many layers there are.
+    All three exit the layers in reverse order. Here `work` raises ZeroDivisionError, and then the
+    cleanup of `b` raises OSError.
     """
     show_code(nested, in_one_block, on_a_stack)
-    question(_("`work` raises, and so does the cleanup of `b`. Which layers are cleaned up?"))
-    for way, when in (
-        (nested, _("if something happens between two layers")),
-        (in_one_block, _("if you know the layers (the usual choice)")),
-        (on_a_stack, _("if you know only at run time how many there are")),
-    ):
+    question(_("Which layers are cleaned up, and which of the two errors propagates?"))
+    for way in (nested, in_one_block, on_a_stack):
         exited: list[str] = []
-        errors: list[str] = []
+        raised = first = "None"
         try:
             with trace() as run:
                 way(*(layer(name, exited) for name in "abc"))
         except Exception as error:
-            errors = [type(each).__name__ for each in (error, error.__context__)]
+            raised, first = type(error).__name__, type(error.__context__).__name__
         show_code(way, runs={_("one run"): run})
-        result = _(
-            "`{way}`: use it {when}. Exited: {layers}. Raised, then `__context__`: {errors}."
-        )
-        result = result.format(
-            way=way.__name__, when=when, layers=", ".join(exited), errors=", ".join(errors)
-        )
+        result = _("`{way}`: exited {layers}; raised {raised}, with `__context__` {first}.")
+        layers = ", ".join(exited)
+        result = result.format(way=way.__name__, layers=layers, raised=raised, first=first)
         verdict(exited == ["c", "b", "a"], result)
     say(_("In `in_one_block`, swap `a` and `c`, and run demo 1 again."), "→ ")
 
@@ -762,31 +659,21 @@ def demo_three_ways() -> None:
 PAGE = ("word " * 600)[:2967]  # with the 33 bytes around it, a request of 3,000 bytes
 
 
-async def ask(chat: Session, *settle: Any) -> None:
-    await asyncio.to_thread(chat.ask, PAGE, *settle)
+async def check_then_call(team: Budget, chat: Session, bills: Any) -> None:
+    if sum(bills) < team.limit:
+        await asyncio.to_thread(chat.ask, PAGE)
+        bills.append(chat.cost)
 
 
-async def check_then_call(team: Any, chat: Session) -> bool:
-    if team.spent >= team.limit:
-        return False
-    await ask(chat)
-    team.spent += chat.cost
-    return True
+async def reserve_then_call(team: Budget, chat: Session, bills: Any) -> None:
+    with team.reserve(chat.worst_case(PAGE)) as reservation:
+        await asyncio.to_thread(chat.ask, PAGE, reservation.settle)
+        bills.append(chat.cost)
 
 
-async def reserve_then_call(team: Any, chat: Session) -> bool:
-    worst_case = chat.worst_case(PAGE)
-    try:
-        with team.reserve(worst_case) as reservation:
-            await ask(chat, reservation.settle)
-    except BudgetExceededError:
-        return False
-    return True
-
-
-async def all_at_once(call: Any, team: Any, chats: list[Session]) -> int:
-    """Make one call in each session, and return how many were sent."""
-    return sum(await asyncio.gather(*(call(team, chat) for chat in chats)))
+async def all_at_once(calls: list[Any]) -> None:
+    """Run all calls. A BudgetExceededError does not stop the others."""
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 def demo_never_overspent() -> None:
@@ -801,28 +688,25 @@ def demo_never_overspent() -> None:
     show_code(check_then_call, reserve_then_call)
     question(_("Ten tasks start at once. How many calls does each version send?"))
     for call in (check_then_call, reserve_then_call):
+        bills: list[Decimal] = []
         with ExitStack() as stack:
-            chats = [stack.enter_context(talk(f"call {n}")) for n in range(10)]
-            limit = chats[0].worst_case(PAGE) * 4 / 3
-            team: Any = SimpleNamespace(limit=limit, spent=Decimal(0))
-            if call is reserve_then_call:
-                team = stack.enter_context(budget(limit, "team"))
+            team = stack.enter_context(budget(Decimal("0.001"), "team"))
+            client = stack.enter_context(offline_client())
+            chats = [stack.enter_context(session(f"{n}", client=client)) for n in range(10)]
             with trace() as run:
-                sent = asyncio.run(all_at_once(call, team, chats))
+                asyncio.run(all_at_once([call(team, chat, bills) for chat in chats]))
         show_code(call, runs={_("ten tasks"): run})
-        result = _("`{call}`: {sent} sent, {refused} refused; spent {spent}, {share} of the limit.")
-        result = result.format(
-            call=call.__name__,
-            sent=sent,
-            refused=len(chats) - sent,
-            spent=format_usd(team.spent),
-            share=f"{team.spent / team.limit:.0%}",
-        )
-        verdict(team.spent <= team.limit, result)
+        spent = sum(bills, Decimal(0))
+        share = f"{spent / team.limit:.0%}"
+        result = _("`{call}`: {sent} of 10 sent; spent {spent}, {share} of the limit.")
+        amounts = {"sent": len(bills), "spent": format_usd(spent), "share": share}
+        result = result.format(call=call.__name__, **amounts)
+        verdict(spent <= team.limit, result)
     advice = _(
-        "In `check_then_call`, put `{line}` above the `await`. Run demo 2 again: why two calls?"
+        "In `check_then_call`, put `{line}` above the `await`, instead of the last line. Run demo "
+        "2 again: why two calls?"
     )
-    say(advice.format(line="team.spent += chat.worst_case(PAGE)"), "→ ")
+    say(advice.format(line="bills.append(chat.worst_case(PAGE))"), "→ ")
 
 
 def slow_call(bill: list[int]) -> int:
@@ -850,8 +734,7 @@ def demo_nested_budgets() -> None:
     A reservation must fit on its own level and on every level above it. A caller that times out
     does not know the outcome: here the provider bills $15, but the answer comes too late. So if
     the outcome is unknown, the whole worst case counts as spent. Settle at 0 only a call that
-    was not billed: never sent, or refused with an HTTP error that providers do not bill. In the
-    bars, █ is spent, ▒ is reserved.
+    was not billed: never sent, or refused with an HTTP error that providers do not bill.
     """
     show_code(slow_call, give_back, keep_open)
     question(
@@ -859,15 +742,11 @@ def demo_nested_budgets() -> None:
     )
     for call in (give_back, keep_open):
         bill: list[int] = []
-        first: list[int] = []
-        refusal = ""
+        runs = []
         with (
-            bracket("budget(100, 'team')"),
-            budget(100, "team") as team,
-            bracket("team.child(40, 'agent')"),
-            team.child(40, "agent") as agent,
-            bracket("agent.child(60, 'step')"),
-            agent.child(60, "step") as step,
+            shown("budget(100, 'team')", budget(100, "team")) as team,
+            shown("team.child(40, 'agent')", team.child(40, "agent")) as agent,
+            shown("agent.child(60, 'step')", agent.child(60, "step")) as step,
         ):
             for n in range(1, 7):
                 outcome = _("settled")
@@ -877,37 +756,34 @@ def demo_nested_budgets() -> None:
                 except TimeoutError as error:
                     outcome = type(error).__name__
                 except BudgetExceededError as error:
-                    outcome, refusal = _("{name} refuses").format(name=error.name), str(error)
+                    outcome = _("{name} refuses").format(name=error.name)
                 say(f"{n}: {outcome}")
-                first = run if n == 1 else first
-            show_money(team, agent, step)
+                runs.append(run)
+            for level in (team, agent, step):
+                spent, limit = format_usd(level.spent), format_usd(level.limit)
+                amounts = _("{name}: {spent} of {limit} spent")
+                say(amounts.format(name=level.name, spent=spent, limit=limit))
         result = _(
             "`{call}`: {sent} sent; billed by the provider: ${billed}, by the budget: {spent}."
         )
         sent, billed, spent = len(bill), sum(bill), format_usd(step.spent)
         result = result.format(call=call.__name__, sent=sent, billed=billed, spent=spent)
         verdict(billed <= step.spent, result)
-    say(f"BudgetExceededError: {refusal}")
-    say("")
-    show_code(keep_open, Budget.reserve, runs={_("the first call"): first})
+    show_code(keep_open, Budget.reserve, runs={_("the first call"): runs[0]})
     advice = _("In `slow_call`, replace `{old}` by `{new}`, and run demo 3 again.")
     say(advice.format(old="raise TimeoutError", new="return 15"), "→ ")
 
 
-class FakeClock:
-    """A clock that only `slow_model` moves."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+calls_ms: list[int] = []
 
 
-clock = FakeClock()
+def clock() -> float:
+    """Return the seconds that all calls took so far: a clock that only they move."""
+    return sum(calls_ms) / 1000
 
 
 def slow_model(ms: int) -> None:
-    clock.now += ms / 1000
+    calls_ms.append(ms)
     if ms == 100:
         raise TimeoutError
 
@@ -921,16 +797,6 @@ def by_hand(seconds: list[float], ms: int) -> None:
 def measured(watched: Monitor, ms: int) -> None:
     with watched.measure("ask"):
         slow_model(ms)
-
-
-def show_report(report: Mapping[str, Statistics]) -> None:
-    ms = [_("{column}, ms").format(column=name) for name in (_("total"), "p50", "p95", _("max"))]
-    titles = (_("operation"), _("calls"), _("errors"), *ms)
-    table = Table(*(Column(title, overflow="fold") for title in titles))
-    for operation, (calls, errors, *seconds) in report.items():
-        row = (f"{1000 * each:.1f}" for each in seconds)
-        table.add_row(operation, str(calls), str(errors), *row)
-    console.print(table)
 
 
 def demo_monitor() -> None:
@@ -950,78 +816,74 @@ def demo_monitor() -> None:
                     call(ms)
             pieces = [by_hand] if call.func is by_hand else [measured, Monitor.measure]
             show_code(*pieces, runs={_("the last call"): run})
-            report = team.report() or {"ask": summary(seconds, 0)}
-            show_report(report)
+            found = team.report().get("ask") or summary(seconds, 0)
+            table = Table(_("calls"), _("errors"), "p50", "p95", _("longest"))
+            times = (f"{1000 * each:.0f} ms" for each in (found.p50, found.p95, found.maximum))
+            table.add_row(str(found.calls), str(found.errors), *times)
+            console.print(table)
             result = _("`{call}` measures {n} of 20 calls.")
-            n = report["ask"].calls
-            verdict(n == 20, result.format(call=call.func.__name__, n=n))
+            verdict(found.calls == 20, result.format(call=call.func.__name__, n=found.calls))
     say(_("In `by_hand`, add `try` and `finally`, and run demo 4 again."), "→ ")
 
 
-def shown_transaction(database: sqlite3.Connection) -> AbstractContextManager[Any]:
-    return shown("transaction(database)", transaction(database))
+def ask_in_transaction(self: GovernedSession, prompt: str) -> str:
+    worst_case = self.session.worst_case(prompt)
+    with self.transaction() as connection:
+        with self.budget.reserve(worst_case) as reservation:
+            with self.monitor.measure("ask"):
+                answer = self.session.ask(prompt, reservation.settle)
+        turn = (self.session.name, prompt, answer)
+        connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
+    return answer
 
 
 def save_turn(database: sqlite3.Connection) -> None:
     """Save a turn of the second conversation."""
+    outcome = _("saved")
     try:
         with transaction(database):
             database.execute("INSERT INTO turn VALUES ('second', 'And why?', 'Because.')")
-        say(_("the second conversation: saved"), style="bold")
     except sqlite3.OperationalError as error:
-        say(_("the second conversation: {error}").format(error=error), style="bold")
+        outcome = str(error)
+    say(_("the second conversation: {outcome}").format(outcome=outcome), style="bold")
 
 
-class SaveOutside(GovernedSession):
-    def ask(self, prompt: str) -> str:
-        worst_case = self.session.worst_case(prompt)
-        with self.transaction() as connection:
-            with self.budget.reserve(worst_case) as reservation:
-                with self.monitor.measure("ask"):
-                    answer = self.session.ask(prompt, reservation.settle)
-            turn = (self.session.name, prompt, answer)
-            connection.execute("INSERT INTO turn VALUES (?, ?, ?)", turn)
-        return answer
+def converse(ask: Callable[[GovernedSession, str], str], path: Path) -> list[str]:
+    """Ask once, then let a tool fail. Return the sessions whose turns are in the database."""
+    with ExitStack() as stack:
+        database = stack.enter_context(closing(sqlite3.connect(path)))
+        other = stack.enter_context(closing(sqlite3.connect(path, timeout=0)))
+        make_client = live_client if options else offline_client
+        client = stack.enter_context(make_client(partial(save_turn, other)))
+        governed = governed_session(
+            budget=shown("budget(1, 'first')", budget(1, "first")),
+            monitor=shown("monitor('first')", monitor("first")),
+            transaction=lambda: shown("transaction(database)", transaction(database)),
+            session=shown("session('first')", session("first", client=client, **options)),
+        )
+        with suppress(BudgetExceededError, ConnectionError), governed as review:
+            ask(review, "What does a context manager do?")
+            raise ConnectionError("the tool does not answer")
+        return [row[0] for row in database.execute("SELECT session FROM turn")]
 
 
 def demo_governed_session() -> None:
     """The four as one, and two layers that swap places
 
-    `governed_session` composes a budget, a monitor, a transaction and a session. The order
-    matters. A call is refused before it is measured or sent. A transaction holds the write lock
-    of the database, and a model may take a minute to answer. The first `ask` below, of
-    `SaveOutside`, calls the model inside the transaction; the second, of `GovernedSession`,
-    before it. Each run asks once, then a tool fails. (The empty transaction creates the table.)
+    `governed_session` composes a budget, a monitor, a transaction and a session. Their order
+    matters: a transaction holds the write lock of the database, and a model may take a minute to
+    answer. `ask_in_transaction` calls the model inside the transaction, `GovernedSession.ask`
+    before it. (Its empty transaction checks that the turn can be saved. The very first transaction
+    of a run creates the table.) Each run asks once, then a tool fails.
     """
-    show_code(SaveOutside.ask, GovernedSession.ask)
+    show_code(ask_in_transaction, GovernedSession.ask)
     question(_("While the model answers, a second conversation saves a turn. Does that work?"))
-    for kind in (SaveOutside, GovernedSession):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            closing(sqlite3.connect(Path(folder, "turns.db"))) as database,
-            closing(sqlite3.connect(Path(folder, "turns.db"), timeout=0)) as other,
-            monitor("team") as watched,
-        ):
-            save = partial(save_turn, other)
-            layers: dict[str, Any] = {
-                "budget": shown("budget(1, 'first')", budget(1, "first")),
-                "monitor": shown("watched.child('first')", watched.child("first")),
-                "transaction": partial(shown_transaction, database),
-                "session": shown("session('first')", talk("first", save)),
-            }
-            with suppress(BudgetExceededError, ConnectionError), governed_session(**layers) as each:
-                review = kind(each.budget, each.monitor, each.transaction, each.session)
-                review.ask("What does a context manager do?")
-                with review.monitor.measure("tool"):
-                    raise ConnectionError
-            turns = [row[0] for row in database.execute("SELECT session FROM turn")]
-        result = _("`{kind}`: turns in the file: {turns}.")
-        verdict(len(turns) == 2, result.format(kind=kind.__name__, turns=", ".join(turns)))
-    show_report(watched.report())
-    advice = _(
-        "In `GovernedSession.ask`, put `measure` before `reserve`; open `budget(0, 'first')` in "
-        "the demo, and run it again. What does the report count?"
-    )
+    for ask in (ask_in_transaction, GovernedSession.ask):
+        with tempfile.TemporaryDirectory() as folder:
+            turns = converse(ask, Path(folder, "turns.db"))
+        result = _("`{ask}`: turns in the file: {turns}.")
+        verdict(len(turns) == 2, result.format(ask=ask.__qualname__, turns=", ".join(turns)))
+    advice = _("In `converse`, open `budget(0, 'first')`, and run demo 5 again: what is skipped?")
     say(advice, "→ ")
 
 
@@ -1040,19 +902,6 @@ KEY_POINTS = """\
 * Never hold a lock or a transaction while you wait for a model."""
 
 
-def live_price(model: str) -> Price | None:
-    """Return a price for a model that has no published one, such as a local one."""
-    try:
-        list_price(model, 1, 1, 0)
-    except LookupError:
-        known = "gpt-4o-mini"
-        text = _("The price of {model} is unknown, so the demos use that of {known}.")
-        say(text.format(model=model, known=known))
-        say("")
-        return partial(list_price, known)
-    return None
-
-
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. With --live, exit with one line if the model does not answer."""
@@ -1063,7 +912,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
         if not os.environ.get("OPENAI_API_KEY"):
             parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
         options["model"] = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
-        options["price"] = live_price(options["model"])
+        options["price"] = partial(list_price, "gpt-4o-mini")  # good enough for a demo
     try:
         yield arguments
     except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, UnicodeEncodeError) as error:
