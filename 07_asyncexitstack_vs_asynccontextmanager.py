@@ -4,18 +4,20 @@
 # ///
 """Chapter 07 · One resource or any number
 
-After this chapter you can open any number of real resources (sockets, child processes, an SQLite
-transaction, a lock file) and leave none behind if set-up fails half way, if cleanup fails, or if
-a cancellation arrives in the middle of either. You also know which tool to use when.
+After this chapter you can hold one resource, a few, an optional one or a list of any length, and
+release them all even if set-up fails half-way, cleanup fails, or the task is cancelled in either.
 
-    python 07_asyncexitstack_vs_asynccontextmanager.py         run all ten demos
-    python 07_asyncexitstack_vs_asynccontextmanager.py 4 8     run demos 4 and 8
-    python 07_asyncexitstack_vs_asynccontextmanager.py --step  wait for Enter
+    python 07_asyncexitstack_vs_asynccontextmanager.py          run all seven demos
+    python 07_asyncexitstack_vs_asynccontextmanager.py 1 4      run demos 1 and 4
+    python 07_asyncexitstack_vs_asynccontextmanager.py --step   wait for Enter at each question
 
-Read the managers first: they are production code, and they print nothing. Then run the demos.
-Look at the order in which the brackets close, and at what the broken versions leave open.
+Write one resource with `@asynccontextmanager`. Hold several on an `AsyncExitStack`. The demos use
+three real resources: a lock file, a database, and a child process that answers in capital letters.
 
-Left out: what a single `async with` does (chapter 03), MCP servers held this way (chapter 08).
+Read the managers first: they are production code, and they print nothing. Then run the demos, and
+look at the lines without a number: they never ran.
+
+Left out: how a single `async with` works (chapter 03), resources that start at the same time (08).
 """
 
 from __future__ import annotations
@@ -31,20 +33,26 @@ import sqlite3
 import sys
 import tempfile
 import textwrap
-from asyncio.subprocess import Process, SubprocessStreamProtocol
+from asyncio.subprocess import PIPE, Process, SubprocessStreamProtocol
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
 )
 from contextlib import AbstractAsyncContextManager as AsyncManager
 from contextlib import AbstractContextManager as SyncManager
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -58,56 +66,45 @@ from rich.text import Text
 
 T = TypeVar("T")
 Manager: TypeAlias = AsyncManager[T] | SyncManager[T]
-Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def enter(stack: AsyncExitStack, manager: Manager[T]) -> T:
-    """Enter a manager of either kind on `stack`, and return its value."""
-    if isinstance(manager, AsyncManager):
-        return await stack.enter_async_context(manager)
-    return stack.enter_context(manager)
+StartedChild: TypeAlias = tuple[asyncio.SubprocessTransport, Process]
 
 
 @asynccontextmanager
 async def open_all(factories: Iterable[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
-    """Open as many resources as there are factories, one after another; close in reverse order.
+    """Open one resource per factory, in order, and close them in reverse order.
 
-    Yields their values in the order of the factories. It takes factories, not managers, so that
-    nothing is even created after one that fails; those that are open by then are closed.
+        async with open_all([partial(lock_file, path) for path in paths]) as locks:
+            ...
+
+    Yields the values of the managers, which may be sync or async. It takes factories instead of
+    managers, so that after a failure no further resource is even created.
     """
     async with AsyncExitStack() as stack:
         yield [await enter(stack, factory()) for factory in factories]
 
 
-async def uninterrupted(cleanup: Awaitable[T]) -> T:
-    """Await `cleanup` to its end; a cancellation that arrives meanwhile is raised after it.
-
-    Only for cleanup that ends by itself, and soon: nothing can interrupt it.
-    """
-    task = asyncio.ensure_future(cleanup)
-    try:
-        return await asyncio.shield(task)
-    finally:
-        while not task.done():
-            with suppress(asyncio.CancelledError):  # the first one is on its way out already
-                await asyncio.wait([task])
+async def enter(stack: AsyncExitStack, manager: Manager[T]) -> T:
+    """Enter a sync or async manager on `stack`, and return its value."""
+    if isinstance(manager, AsyncManager):
+        return await stack.enter_async_context(manager)
+    return stack.enter_context(manager)
 
 
 class LockHeldError(RuntimeError):
-    """The lock file exists: another holder has not let go of it."""
+    """The lock file exists: another process, or another block of this one, holds the lock."""
 
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[Path]:
-    """Hold `path` as a lock: a file that only one holder can create, with its process id in it.
+    """Hold a lock: a file that only one holder can create, with the holder's process id in it.
 
-    Raises LockHeldError at once where it exists. A killed process leaves its file behind.
+    Raises LockHeldError at once if the file exists. A process that is killed leaves its file.
     """
     try:
-        file = path.open("x")  # O_CREAT | O_EXCL: created by us, or not at all
+        file = path.open("x")  # O_CREAT | O_EXCL: one process creates it, all others fail
     except FileExistsError:
         holder = "?"
-        with suppress(OSError):  # let go of in this very moment
+        with suppress(OSError):  # the holder may release the lock at this moment
             holder = path.read_text()
         advice = "wait for it, or delete the file if that process is dead"
         raise LockHeldError(f"{path} is held by process {holder}: {advice}") from None
@@ -121,605 +118,503 @@ def lock_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def database(path: Path) -> Iterator[sqlite3.Connection]:
-    """One SQLite connection with one transaction: committed, or rolled back by any exception."""
+    """Open an SQLite database for one transaction: commit it, or roll it back if the block raises.
+
+    Raises sqlite3.OperationalError if it cannot be opened or another connection keeps it locked.
+    """
     connection = sqlite3.connect(path)
     try:
-        with connection:
+        connection.execute("BEGIN")  # subtle: CREATE TABLE alone does not begin a transaction
+        with connection:  # commits or rolls back, but does not close
             yield connection
     finally:
         connection.close()
 
 
 @asynccontextmanager
-async def child_process(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
-    """Run a child process with its stdin and stdout as pipes; raises OSError if it cannot start.
+async def spawn(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
+    """Run a child process with its stdin and stdout as pipes.
 
-    At the end of the block its input ends, and it has `grace` seconds to finish by itself. After
-    that, or when the block is left by an exception, it is killed. It is reaped in any case.
-    A Ctrl-C does not reach it, but ends the block, and so the child.
+    When the block ends, the child's input ends, and it has `grace` seconds to exit. After that,
+    or at once if the block raises, it is killed. It leads a session of its own: Ctrl-C ends the
+    block, and the block ends the child.
+
+    Raises OSError if the child cannot start, and TimeoutError if its start, or its end after it
+    was killed, takes longer than 10 s.
     """
-    loop = asyncio.get_running_loop()
-    protocol = partial(SubprocessStreamProtocol, limit=2**16, loop=loop)
-    spawn = loop.subprocess_exec(protocol, *command, stderr=None, start_new_session=True)
-    # subtle: a cancelled spawn kills its child, but may not stay to reap it. As a task of its own
-    # it always ends, so that the cleanup below always learns of the child.
-    spawning = asyncio.create_task(spawn)
+    started: list[StartedChild] = []
     try:
-        process = Process(*await asyncio.shield(spawning), loop)
+        # subtle: asyncio kills a child whose start is cancelled, but may not reap it
+        await finish(start_child(command, started))
+        process = started[0][1]
         yield process
         process.stdin.close()  # type: ignore[union-attr]
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await process.wait()
     finally:
-        await uninterrupted(_reap(spawning))
+        if started:
+            transport, process = started[0]
+            # subtle: wait() may hang while somebody else holds the child's pipes open
+            transport.close()  # closes our ends, and kills the child if it is still running
+            await finish(process.wait())
 
 
-async def _reap(spawning: asyncio.Task[Any]) -> None:
-    transport, protocol = await spawning
-    # subtle: wait() alone may never return, as output that nobody reads keeps its pipe open.
-    transport.close()  # ends the pipes, and kills the child if it is still there
-    await Process(transport, protocol, asyncio.get_running_loop()).wait()
-
-
-@asynccontextmanager
-async def connection(host: str, port: int) -> AsyncIterator[Streams]:
-    """A TCP connection; what was written but not drained is dropped."""
-    reader, writer = await asyncio.open_connection(host, port)
+async def start_child(command: Iterable[str], started: list[StartedChild]) -> None:
+    """Start a child process and add it to `started`."""
+    loop = asyncio.get_running_loop()
+    protocol = partial(SubprocessStreamProtocol, limit=2**16, loop=loop)
+    starting = loop.subprocess_exec(protocol, *command, stderr=None, start_new_session=True)
+    start = loop.create_task(starting)
     try:
-        yield reader, writer
-    finally:
-        await hang_up(writer)
-
-
-async def hang_up(writer: asyncio.StreamWriter) -> None:
-    """Close at once, also where the peer no longer reads or is gone."""
-    writer.transport.abort()  # this decides: to cancel what follows leaves nothing open
-    with suppress(OSError):  # the peer hung up first
-        await writer.wait_closed()
-
-
-@asynccontextmanager
-async def echo_server(host: str = "127.0.0.1") -> AsyncIterator[tuple[str, int]]:
-    """Serve on a free port and send back all that arrives; yields (host, port).
-
-    At the end of the block the port and every connection are closed.
-    """
-    echoes: dict[asyncio.Task[Any] | None, asyncio.StreamWriter] = {}
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        echoes[asyncio.current_task()] = writer
-        try:
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass  # the peer is gone, and with it whoever could be told
-        finally:
-            writer.close()
-            del echoes[asyncio.current_task()]
-
-    # subtle: with start_serving=True a cancellation in here would leave the port open for good.
-    server = await asyncio.start_server(echo, host, 0, start_serving=False)
-    try:
-        await server.start_serving()
-        yield server.sockets[0].getsockname()
-    finally:
-        await uninterrupted(_shut(server, echoes))
-
-
-async def _shut(server: asyncio.Server, echoes: dict[Any, asyncio.StreamWriter]) -> None:
-    # subtle: a connection accepted in this tick joins the server in a later one; a server closed
-    # in between loses its socket (python/cpython#109564). So: accept no more, let join, close.
-    with suppress(NotImplementedError):  # Windows accepts and joins in one step
-        server.get_loop().remove_reader(server.sockets[0].fileno())
-    for _tick in range(3):
+        await asyncio.wait([start])
+    except asyncio.CancelledError:
+        # subtle: only a loop that shuts down gets here. It has cancelled `start`, too. In the
+        # middle of a start, asyncio then waits for ever, until it is cancelled a second time.
         await asyncio.sleep(0)
-    server.close()
-    for writer in echoes.values():
-        writer.transport.abort()
-    await asyncio.gather(*echoes)
+        start.cancel()
+    transport, streams = await start
+    started.append((transport, Process(transport, streams, loop)))
+
+
+async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> None:
+    """Run `cleanup` to completion even if cancelled, then re-raise the cancellation.
+
+    Raises what `cleanup` raises. Raises TimeoutError after `within` seconds: `cleanup` is then
+    cancelled, and nobody waits for it any longer.
+
+    `cleanup` runs in a task of its own, in a copy of the caller's context. So it cannot reset the
+    caller's context variables, or exit an anyio cancel scope that the caller entered. An event
+    loop that shuts down cancels it, like every other task.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(cleanup)
+    deadline = loop.time() + within
+    cancelled: asyncio.CancelledError | None = None
+    # subtle: a cancelled anyio scope cancels its tasks again at every turn of the event loop, and
+    # keeps the loop turning until they end. A shield stops that.
+    anyio = sys.modules.get("anyio")
+    shield = anyio.CancelScope(shield=True) if anyio else nullcontext()
+    with shield:
+        while not task.done():
+            try:
+                # subtle: `await task` would cancel the cleanup, too
+                await asyncio.wait([task], timeout=deadline - loop.time())
+            except asyncio.CancelledError as error:
+                cancelled = error
+            if not task.done() and loop.time() >= deadline:
+                task.cancel()
+                raise TimeoutError(f"the cleanup did not end within {within} s") from cancelled
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
+
+Command: TypeAlias = tuple[str, ...]
+PYTHON = (sys.executable, "-ISc")
+UPPER = (*PYTHON, "for line in open(0): print(line.upper(), end='', flush=True)")
+DEAF = (*PYTHON, "import time; time.sleep(60)")  # does not notice the end of its input
+MISSING = ("no-such-program",)
+INSERT = "INSERT INTO notes VALUES (?)"
+THREE = (UPPER, UPPER, UPPER)
+popen = partial(asyncio.create_subprocess_exec, stdin=PIPE, stdout=PIPE, start_new_session=True)
+
+
+async def ask(child: Any) -> str:
+    """Send one line to a child process, and return its answer."""
+    child.stdin.write(b"hello\n")
+    await child.stdin.drain()
+    return str((await child.stdout.readline()).decode().strip())
+
+
+async def outcome(awaitable: Awaitable[object]) -> str:
+    """Return the result, or the name of the exception."""
+    try:
+        return str(await awaitable)
+    except Exception as error:
+        return type(error).__name__
+
+
+async def both(function: Callable[[Command], Awaitable[object]]) -> dict[str, list[int]]:
+    """Call `function` twice: the child starts, then it cannot. Return the paths that ran."""
+    runs: dict[str, list[int]] = {}
+    for title, command in ((_("ends well"), UPPER), (_("fails"), MISSING)):
+        with suppress(FileNotFoundError), trace() as runs[title]:
+            await function(command)
+    return runs
+
+
+async def work(child: Any, notes: sqlite3.Connection) -> None:
+    answer = await ask(child)
+    notes.execute("CREATE TABLE notes (text)")
+    notes.execute(INSERT, [answer])
+
+
+async def by_hand(folder: Path, command: Command) -> None:
+    lock = folder / "lock"
+    lock.touch(exist_ok=False)
+    child = await popen(*command)
+    notes = sqlite3.connect(folder / "notes.db")
+    try:
+        await work(child, notes)
+    finally:
+        notes.close()
+        child.kill()
+        await child.wait()
+        lock.unlink()
+
+
+async def nested(folder: Path, command: Command) -> None:
+    with lock_file(folder / "lock"):
+        async with spawn(*command) as child:
+            with database(folder / "notes.db") as notes:
+                await work(child, notes)
+
+
+async def stacked(folder: Path, command: Command) -> None:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(lock_file(folder / "lock"))
+        child = await stack.enter_async_context(spawn(*command))
+        notes = stack.enter_context(database(folder / "notes.db"))
+        await work(child, notes)
+
+
+async def demo_set_up_fails() -> None:
+    """Set-up fails half-way
+
+    A function needs a lock, a child process and a database. Written by hand, one `try` protects
+    all three, but only once all three are open. Nested managers release what is open by then. A
+    stack does the same without the indentation: it is one manager, and what you enter on it is
+    released when its block ends, the last one first.
+    """
+    show_code(by_hand)
+    question(_("The child cannot start. Which lines never run, and what is left behind?"))
+    for function in (by_hand, nested, stacked):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = await both(partial(function, Path(folder)))
+            left = "lock" in os.listdir(folder)
+        show_code(function, runs=runs)
+        text = _("`{function}`: the lock is released.")
+        if left:
+            text = _("`{function}`: the lock file stays, and blocks the next run.")
+        verdict(not left, text.format(function=function.__name__))
+    say(_("In `by_hand`, move both `lock` lines to just above `try:`, and run demo 1 again."), "→ ")
+
+
+async def in_a_loop(factories: list[Any]) -> list[str]:
+    children = []
+    for factory in factories:
+        async with factory() as child:
+            children.append(child)
+    return [await outcome(ask(child)) for child in children]
+
+
+async def in_open_all(factories: list[Any]) -> list[str]:
+    async with open_all(factories) as children:
+        return [await outcome(ask(child)) for child in children]
 
 
 @asynccontextmanager
-async def open_together(factories: Iterable[Callable[[], Manager[T]]]) -> AsyncIterator[list[T]]:
-    """`open_all` for resources that do not need each other: set up, and left, at the same time.
+async def child_in_bracket(name: str, command: Command) -> AsyncIterator[Process]:
+    with bracket(name):
+        async with spawn(*command) as child:
+            yield child
 
-    Each manager has an owner, a task that both enters and leaves it; where the block fails, it is
-    cancelled. Errors come out in an ExceptionGroup, as from any TaskGroup. Not for managers that
-    act on the current task (a timeout, a context variable): they would act on their owner.
+
+async def demo_any_number() -> None:
+    """Any number
+
+    How many children there are is known only at run time. You cannot write that many nested
+    blocks, and a block in a loop ends before the next one begins. `open_all` enters them on one
+    stack. The brackets show when each block begins and ends.
     """
-    loop, leave = asyncio.get_running_loop(), asyncio.Event()
-
-    async def own(manager: Manager[T], entered: asyncio.Future[T]) -> None:
-        async with AsyncExitStack() as stack:
-            entered.set_result(await enter(stack, manager))
-            await leave.wait()
-
-    async with asyncio.TaskGroup() as owners:
-        opening: list[asyncio.Future[T]] = []
-        for factory in factories:
-            opening.append(loop.create_future())
-            owners.create_task(own(factory(), opening[-1]))
-        # subtle: to cancel us must not cancel a future which an owner is about to set.
-        yield [await asyncio.shield(entered) for entered in opening]
-        leave.set()
+    show_code(in_a_loop, in_open_all, open_all)
+    question(_("Three children start, then each is asked. How many answer?"))
+    for function in (in_a_loop, in_open_all):
+        say(f"{function.__name__}:", style="bold")
+        children = enumerate(THREE, 1)
+        factories = [partial(child_in_bracket, f"child {n}", command) for n, command in children]
+        answers = await outcome(function(factories))
+        text = _("`{function}`: {answers}").format(function=function.__name__, answers=answers)
+        verdict(answers.count("HELLO") == len(THREE), text)
+    say(_("In `THREE`, replace the last `UPPER` by `MISSING`, and run demo 2 again."), "→ ")
 
 
-# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
-
-PYTHON = (sys.executable, "-S", "-E", "-c")
-UPPER = (*PYTHON, "for line in open(0): print(line.upper(), end='', flush=True)")
-DEAF = (*PYTHON, "import time; time.sleep(60)")  # a child that does not notice its input's end
-
-
-async def ask(reader: Any, writer: Any) -> str:
-    """Send one line, and return the line that comes back."""
-    writer.write(b"hello\n")
-    await writer.drain()
-    return str((await reader.readline()).decode().strip())
+def add_and_close(text: str, path: Path, notes: Any = None) -> None:
+    notes = notes or sqlite3.connect(path)
+    try:
+        with notes:
+            notes.execute(INSERT, [text])
+    finally:
+        notes.close()
 
 
-async def failure_of(block: Awaitable[object]) -> Exception:
-    """Await a block that is meant to fail, and return what came out of it."""
+def add(text: str, path: Path, notes: Any = None) -> None:
+    with ExitStack() as stack:
+        if notes is None:
+            notes = stack.enter_context(database(path))
+        notes.execute(INSERT, [text])
+
+
+def demo_optional() -> None:
+    """An optional resource
+
+    A function opens a database itself, unless the caller passes an open one. It must close what
+    it opened, and only that. On a stack this is an `if`: what was not entered is not closed.
+    """
+    show_code(add_and_close)
+    say(_("The function adds `one` to its own connection, and `two` to the caller's."))
+    question(_("Then the caller adds `three`. Which notes are in the database?"))
+    for function in (add_and_close, add):
+        runs: dict[str, list[int]] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "notes.db")
+            with database(path) as notes:
+                notes.execute("CREATE TABLE notes (text)")
+            with trace() as runs[_("its own")]:
+                function("one", path)
+            with suppress(sqlite3.ProgrammingError), database(path) as notes:
+                with trace() as runs[_("the caller's")]:
+                    function("two", path, notes)
+                notes.execute(INSERT, ["three"])
+            with database(path) as notes:
+                texts = [text for (text,) in notes.execute("SELECT text FROM notes")]
+        show_code(function, runs=runs)
+        text = _("`{function}`: the notes are {texts}.")
+        text = text.format(function=function.__name__, texts=texts)
+        verdict(texts == ["one", "two", "three"], text)
+    say(_("Let `add_and_close` close only what it opened, and run demo 3 again."), "→ ")
+
+
+async def flush(name: str) -> None:
+    raise OSError(name)
+
+
+async def nested_try(error: Exception | None) -> None:
+    try:
+        try:
+            if error:
+                raise error
+        finally:
+            await flush("second")
+    finally:
+        await flush("first")
+
+
+async def on_a_stack(error: Exception | None) -> None:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(flush, "first")
+        stack.push_async_callback(flush, "second")
+        if error:
+            raise error
+
+
+async def flush_all(*names: str) -> None:
+    errors = []
+    for name in names:
+        try:
+            await flush(name)
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("flush_all", errors)
+
+
+async def in_a_group(error: Exception | None) -> None:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(flush_all, "second", "first")
+        if error:
+            raise error
+
+
+async def errors_of(block: Awaitable[object]) -> list[BaseException]:
+    """Return the error that a block raises, then its `__context__`, and so on."""
+    errors: list[BaseException] = []
     try:
         await block
-    except Exception as error:  # not BaseException: Ctrl-C must get through
-        return error
-    raise AssertionError(f"{block} did not fail")
+    except Exception as caught:
+        errors.append(caught)
+        while context := errors[-1].__context__:
+            errors.append(context)
+    return errors
 
 
-def descriptors() -> int:
-    """Return how many files and sockets are open (0 on Windows, which has no list)."""
-    return len(list(Path("/dev/fd").glob("*")))
+async def demo_order_of_failures() -> None:
+    """The order of failures
 
-
-@asynccontextmanager
-async def bracketed(label: str, manager: Manager[T]) -> AsyncIterator[T]:
-    """Draw a bracket around a manager of either kind, for a list of factories."""
-    with bracket(label):
-        async with AsyncExitStack() as stack:
-            yield await enter(stack, manager)
-
-
-class Connection:
-    """`connection` as a class: set-up in one method, cleanup in another."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._address = host, port
-
-    async def __aenter__(self) -> Streams:
-        reader, self._writer = await asyncio.open_connection(*self._address)
-        return reader, self._writer
-
-    async def __aexit__(self, *error: object) -> None:
-        await hang_up(self._writer)
-
-
-async def ask_by_hand(host: str, port: int) -> str:
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        return await ask(reader, writer)
-    finally:
-        await hang_up(writer)
-
-
-async def demo_one() -> None:
-    """One resource: three spellings of the same thing
-
-    By hand, you write `try` and `finally` at every use. In a class, set-up and cleanup are two
-    methods. In a generator they stand in one place, in the order in which they happen:
-    `@asynccontextmanager` is the tool for one resource of your own.
+    If one cleanup raises, the others still run. The caller gets the last error; its
+    `__context__` is the error before it, and so on. But if the block ends well, a stack loses
+    the errors of all callbacks except the last (python/cpython#102201). An `ExceptionGroup`
+    carries errors of equal rank, and `except*` catches them by type.
     """
-    show_code(ask_by_hand, Connection, connection)
-    with bracket("echo_server"):
-        async with echo_server() as address:
-            say(f"ask_by_hand: {await ask_by_hand(*address)}")
-            with bracket("Connection"):
-                async with Connection(*address) as streams:
-                    say(await ask(*streams))
-            with bracket("connection"):
-                async with connection(*address) as streams:
-                    say(await ask(*streams))
+    show_code(nested_try, on_a_stack, flush_all, in_a_group)
+    question(_("The block raises ValueError, then both cleanups raise. What does the caller get?"))
+    heading = ("", _("the block raises: 3 errors"), _("it ends well: 2 errors"))
+    table = Table(*(Column(title, overflow="fold") for title in heading), show_lines=True)
+    found = {}
+    for function in (nested_try, on_a_stack, in_a_group):
+        columns = [await errors_of(function(error)) for error in (ValueError("block"), None)]
+        cells = ["\n↑ ".join(map(repr, errors)) for errors in columns]
+        table.add_row(function.__name__, *cells)
+        found[function.__name__] = len(re.findall(r"(?:OS|Value)Error", "".join(cells)))
+    console.print(table)
+    say(_("The first line is what the caller gets. ↑ marks the `__context__` of the line above."))
+    say("")
+    for name, count in found.items():
+        text = _("`{name}`: {count} of 5 errors reach the caller.")
+        verdict(count == 5, text.format(name=name, count=count))
+    say(_("In `on_a_stack`, swap the two callbacks, and run demo 4 again."), "→ ")
 
 
-async def demo_several() -> None:
-    """Several resources: nested, on a stack, any number
-
-    If you know the resources as you write, nest them in one `async with`. A stack does the same
-    at run time: each entry adds one exit, and the exits run in reverse order. `open_all` is such
-    a stack for a list of factories of any length.
-    """
-    show_code(open_all)
-    with tempfile.TemporaryDirectory() as name:
-        lock, notes = Path(name, "lock"), Path(name, "notes.db")
-        with bracket("lock_file"), lock_file(lock), bracket("database"), database(notes):
-            say(_("Nested: what opens first closes last."))
-        async with AsyncExitStack() as stack:
-            stack.enter_context(bracket("lock_file"))
-            stack.enter_context(lock_file(lock))
-            stack.enter_context(bracket("database"))
-            stack.enter_context(database(notes))
-            say(_("On a stack: the same order."))
-    children = [partial(bracketed, f"child {n}", child_process(*UPPER)) for n in range(3)]
-    async with open_all(children) as processes:
-        answers = [await ask(process.stdout, process.stdin) for process in processes]
-        say(_("Any number: the children answer {answers}.").format(answers=", ".join(answers)))
-
-
-class TinyExitStack:
-    """The heart of `AsyncExitStack`: a list of exits, run backwards."""
+class Translator:
+    """A lock and a child process, held from `start` to `aclose`."""
 
     def __init__(self) -> None:
-        self._exits: list[Callable[..., Awaitable[bool | None]]] = []
+        self.resources = AsyncExitStack()
 
-    async def enter_async_context(self, manager: AsyncManager[T]) -> T:
-        value = await manager.__aenter__()
-        self._exits.append(manager.__aexit__)
-        return value
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *arrived: Any) -> bool:
-        details = arrived
-        while self._exits:
-            try:
-                if await self._exits.pop()(*details):
-                    details = (None, None, None)  # suppressed
-            except BaseException as error:
-                details = (type(error), error, error.__traceback__)
-        if details[1] not in (None, arrived[1]):
-            raise details[1]
-        return details[1] is None
-
-
-async def demo_stack() -> None:
-    """A stack of our own, and what the real one adds
-
-    At heart a stack is a list of exits, run backwards: each exit sees the error that the one
-    before let through. Ours has twenty lines, and fails for a sync manager. The real one takes
-    sync managers (`enter_context`), functions (`callback`, `push_async_callback`), and single
-    exits (`push_async_exit`), which may suppress the error.
-    """
-    show_code(TinyExitStack)
-    async with echo_server() as address, TinyExitStack() as tiny:
-        streams = await tiny.enter_async_context(bracketed("connection", connection(*address)))
-        say(await ask(*streams))
-        sync_manager: Any = suppress(ValueError)
-        say(repr(await failure_of(tiny.enter_async_context(sync_manager))))
-
-    async def forgive(exc_type: object, error: object, traceback: object) -> bool:
-        say(_("push_async_exit sees {error} and suppresses it.").format(error=repr(error)))
-        return exc_type is ValueError
-
-    async with echo_server() as address, AsyncExitStack() as stack:
-        stack.push_async_exit(forgive)
-        stack.enter_context(tempfile.TemporaryDirectory())
-        stack.callback(say, _("callback: the connection is closed, the folder is still there."))
-        reader, writer = await asyncio.open_connection(*address)
-        stack.push_async_callback(hang_up, writer)
-        raise ValueError(await ask(reader, writer))
-    say(_("The folder is gone, and the work goes on."))
-
-
-async def start_by_hand(folder: Path, opened: list[Any]) -> None:
-    opened.append(server := await asyncio.start_server(lambda *streams: None, "127.0.0.1", 0))
-    opened.append(notes := sqlite3.connect(folder / "notes.db"))
-    lock = (folder / "lock").open("x")  # fails: somebody holds it
-    child = await asyncio.create_subprocess_exec(*UPPER)
-    try:
-        await child.wait()
-    finally:
-        lock.close()
-        notes.close()
-        server.close()
-
-
-async def demo_third_fails() -> None:
-    """Set-up fails at the third of four resources
-
-    By hand, you acquire four resources, and then one `try` releases them. The third fails before
-    that `try`, and the first two stay open. A stack registers each exit as soon as its resource
-    is open, so it closes what was opened, and nothing else.
-    """
-    show_code(start_by_hand)
-    question(_("Somebody holds the lock, so `open` raises. Which lines never run?"))
-    with tempfile.TemporaryDirectory() as name, lock_file(Path(name, "lock")) as lock:
-        before = descriptors()
-        opened: list[Any] = []
-        with trace() as path:
-            error = await failure_of(start_by_hand(Path(name), opened))
-        show_code(start_by_hand, runs={_("one run"): path})
-        found, count = _("{error}: {count} descriptors stay open."), descriptors() - before
-        verdict(count == 0, found.format(error=type(error).__name__, count=count))
-        for resource in opened:
-            resource.close()
-        four: list[Callable[[], Manager[Any]]] = [
-            lambda: bracketed("echo_server", echo_server()),
-            lambda: bracketed("database", database(Path(name, "notes.db"))),
-            lambda: bracketed("lock_file", lock_file(lock)),
-            lambda: bracketed("child_process", child_process(*UPPER)),
-        ]
-        error = await failure_of(open_all(four).__aenter__())
-        say(str(error))
-        count = descriptors() - before
-        verdict(count == 0, found.format(error=type(error).__name__, count=count))
-
-
-class NoteServer:
-    """A lock, a database and a server, open from `start` to `aclose`, in whichever functions."""
-
-    async def start(self, folder: Path) -> tuple[str, int]:
+    async def start(self, folder: Path, command: Command) -> Process:
         async with AsyncExitStack() as stack:
             stack.enter_context(lock_file(folder / "lock"))
-            self.notes = stack.enter_context(database(folder / "notes.db"))
-            address = await stack.enter_async_context(echo_server())
-            self._stack = stack.pop_all()  # set-up has succeeded: from here on the exits are ours
-        return address
+            child = await stack.enter_async_context(spawn(*command))
+            self.resources = stack.pop_all()
+            return child
 
     async def aclose(self) -> None:
-        await self._stack.aclose()
+        await self.resources.aclose()
+
+
+class CarelessTranslator(Translator):
+    async def start(self, folder: Path, command: Command) -> Process:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(lock_file(folder / "lock"))
+            return await stack.enter_async_context(spawn(*command))
 
 
 async def demo_hand_over() -> None:
-    """Resources that outlive a function: pop_all
+    """Resources that outlive a function
 
-    A stack runs its exits when its block ends, so the first function below returns the address
-    of a server that is already closed. `pop_all` moves the exits to a new stack once set-up has
-    succeeded. An object that lives longer keeps the new stack as an attribute.
+    `start` opens a child process for others to use, and `aclose` will close it. But a stack
+    closes everything when its block ends, and `return` ends the block. `pop_all` moves the exits
+    to a new stack. Call it last: until then, a failure closes what is open.
     """
-
-    async def start() -> tuple[str, int]:
-        async with AsyncExitStack() as stack:
-            return await stack.enter_async_context(echo_server())
-
-    show_code(start, NoteServer)
-    verdict(False, repr(await failure_of(asyncio.open_connection(*await start()))))
-    server = NoteServer()
-    with tempfile.TemporaryDirectory() as name:
-        address = await server.start(Path(name))
-        async with aclosing(server):
-            with bracket("connection"):
-                async with connection(*address) as streams:
-                    say(await ask(*streams))
-        names = os.listdir(name)
-        left = _("After aclose the folder holds {names}.").format(names=", ".join(names))
-        verdict("lock" not in names, left)
-
-
-async def answers(address: tuple[str, int]) -> AsyncGenerator[str, None]:
-    with bracket("connection"):
-        async with connection(*address) as streams:
-            while True:
-                yield await ask(*streams)
-
-
-async def demo_generator() -> None:
-    """A generator that holds a resource: aclosing
-
-    `break` leaves the loop, not the generator. What the generator holds stays open until it is
-    collected as garbage, if ever. `aclosing` closes the generator when its block ends.
-    """
-    show_code(answers)
-    async with echo_server() as address:
-        left = answers(address)
-        async for answer in left:
-            say(answer)
-            break
-        say(_("After `break` the connection is still open."))
-        await left.aclose()
-        async with aclosing(answers(address)) as stream:
-            async for answer in stream:
-                say(answer)
-                break
-
-
-async def demo_cleanup_fails() -> None:
-    """Cleanup that fails: the other exits still run
-
-    Every exit runs, even if one before it raised. The last error comes out, and its
-    `__context__` leads back to the others. But if the block ended well, a stack may lose every
-    error of its callbacks except the last (python/cpython#102201). Nested blocks lose none.
-    """
-
-    async def flush(name: str) -> None:
-        raise OSError(name)
-
-    async def stacked(block_error: Exception | None) -> None:
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(flush, "first")
-            stack.push_async_callback(flush, "second")
-            if block_error:
-                raise block_error
-
-    async def nested() -> None:
-        try:
-            await flush("second")
-        finally:
-            await flush("first")
-
-    show_code(stacked, nested)
-    blocks = {
-        _("A stack, and the block fails too"): stacked(ValueError("the block")),
-        _("A stack, and the block ends well"): stacked(None),
-        _("Nested, and the block ends well"): nested(),
-    }
-    for name, block in blocks.items():
-        say(f"{name}:", style="bold")
-        error: BaseException | None = await failure_of(block)
-        while error:
-            say(repr(error), "  ")
-            error = error.__context__
+    show_code(CarelessTranslator.start)
+    question(_("The caller asks the child that it got. Does the child answer?"))
+    for translator in (CarelessTranslator(), Translator()):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with trace() as ends_well:
+                child = await translator.start(folder, UPPER)
+            answer = await outcome(ask(child))
+            await translator.aclose()
+            with suppress(FileNotFoundError), trace() as fails:
+                await translator.start(folder, MISSING)
+            left = os.listdir(folder)
+        runs = {_("ends well"): ends_well, _("fails"): fails}
+        show_code(translator.start, runs=runs)
+        text = _("`{name}`: the answer is {answer}; left in the folder: {left}.")
+        text = text.format(name=type(translator).__name__, answer=answer, left=left)
+        verdict(answer == "HELLO" and not left, text)
+    say(_("In `Translator.start`, move `pop_all` up by one line, and run demo 5 again."), "→ ")
 
 
 @asynccontextmanager
-async def naive_child(*command: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+async def patient_child(*command: str) -> AsyncIterator[Process]:
+    process = await popen(*command)
     try:
         yield process
     finally:
         try:
             await asyncio.wait_for(process.wait(), timeout=1)
         except TimeoutError:
-            process.kill()  # but if that wait is cancelled, nobody does
+            process.kill()
+            await process.wait()
+
+
+async def cancelled_twice(manager: AsyncManager[Process]) -> Process:
+    """Cancel a task in the manager's block and in its cleanup. Return the child process."""
+    children: asyncio.Queue[Process] = asyncio.Queue()
+
+    async def block() -> None:
+        async with manager as child:
+            children.put_nowait(child)
+            await child.wait()
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(block())
+        child = await children.get()
+        for _cancellation in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+    return child
 
 
 async def demo_cancelled() -> None:
     """A cancellation during cleanup
 
     Cleanup that awaits can be cancelled like any other code: by a second Ctrl-C, or by a timeout
-    around it. The lines after that `await` never run, and no stack helps. So do what matters
-    first and without `await` (`kill`, `abort`, `close`), then shield the rest, which is short.
+    around it. No stack protects it. So first do what matters without `await`, here `kill`. Then
+    `finish` waits for the rest, even if it is cancelled again.
     """
-    lives = False
-
-    async def use(manager: AsyncManager[Process]) -> None:
-        nonlocal lives
-        process = None
-        try:
-            async with manager as process:
-                opened.set()
-                await process.wait()
-        finally:
-            lives = process is not None and process.returncode is None
-            if process and lives:
-                process.kill()
-                await uninterrupted(process.wait())
-
-    show_code(naive_child)
-    question(_("The block is cancelled, and then its cleanup. Does `process.kill` run?"))
-    for child in (naive_child, child_process):
-        opened = asyncio.Event()
+    show_code(patient_child)
+    question(_("The task is cancelled, and again during its cleanup. Does `kill` run?"))
+    for manager in (patient_child, spawn):
         with trace() as path:
-            async with asyncio.TaskGroup() as tasks:
-                task = tasks.create_task(use(child(*DEAF)))
-                await opened.wait()
-                task.cancel()  # ends the block
-                await asyncio.sleep(0)
-                task.cancel()  # strikes its cleanup
-        show_code(child, runs={_("cancelled twice"): path})
-        result = _("{name}: the child lives on.") if lives else _("{name}: the child is gone.")
-        verdict(not lives, result.format(name=child.__name__))
-
-
-async def demo_together() -> None:
-    """Set-ups at the same time: owners, not gather
-
-    `gather` enters each manager in a task of its own, which ends at once. The stack gets the
-    exits in the order in which the set-ups finish. A manager that is bound to its task exits in
-    another one. And if one set-up fails, the others go on, and enter a stack that is already
-    closed. In `open_together`, the task that enters a manager stays to exit it.
-    """
-    stack, current = AsyncExitStack(), ContextVar[str]("current")
-
-    @asynccontextmanager
-    async def announced(name: str, manager: Manager[Any]) -> AsyncIterator[None]:
-        async with AsyncExitStack() as own:
-            await enter(own, manager)
-            say(_("{name} is open").format(name=name))
-            yield
-        say(_("{name} is closed").format(name=name))
-
-    @asynccontextmanager
-    async def bound() -> AsyncIterator[None]:
-        token = current.set("in the task that enters")
-        try:
-            yield
-        finally:
-            current.reset(token)
-
-    async def gathered(*managers: Manager[Any]) -> None:
-        async with stack:
-            await asyncio.gather(*(enter(stack, manager) for manager in managers))
-
-    def report(name: str, error: BaseException) -> None:
-        found, count = _("{name}: {error}, {count} descriptors stay open."), descriptors() - before
-        verdict(count == 0, found.format(name=name, error=type(error).__name__, count=count))
-
-    show_code(gathered, open_together)
-    with tempfile.TemporaryDirectory() as name, lock_file(Path(name, "held")) as held:
-        before = descriptors()
-        child, lock = partial(child_process, *UPPER), partial(lock_file, Path(name, "lock"))
-        await gathered(announced("child_process", child()), announced("lock_file", lock()))
-        verdict(False, _("gather: the child is first in the list, opens last and closes first."))
-        error = await failure_of(gathered(bound()))
-        verdict(False, f"gather: {type(error).__name__}: {str(error).rpartition('> ')[2]}")
-        try:
-            error = await failure_of(gathered(child(), lock_file(held)))
-        finally:  # the child is still opening
-            late = asyncio.all_tasks() - {asyncio.current_task()}
-            await uninterrupted(asyncio.gather(*late, return_exceptions=True))
-        report("gather", error)
-        await stack.aclose()
-        pair: list[Callable[[], Manager[Any]]] = [child, partial(lock_file, held)]
-        report("open_together", await failure_of(open_together(pair).__aenter__()))
+            child = await cancelled_twice(manager(*DEAF))
+        show_code(manager, runs={_("cancelled twice"): path})
+        status = child.returncode
+        if status is None:
+            child.kill()
+            await child.wait()
+        text = _("`{manager}`: the child's exit status after the block is {status}.")
+        verdict(status is not None, text.format(manager=manager.__name__, status=status))
+    say(_("In `patient_child`, begin `finally` with `process.kill()`, and run demo 6 again."), "→ ")
 
 
 def demo_which_one() -> None:
     """Which one?
 
-    They are not rivals: write each resource with `@asynccontextmanager`, and hold several with
-    `AsyncExitStack`.
+    They are not rivals: `@asynccontextmanager` defines a manager, and `AsyncExitStack` holds any
+    number of them.
     """
-    heading = (_("What you have"), "@asynccontextmanager", "AsyncExitStack", _("demo"))
+    heading = (_("what you have"), _("what you write"), _("demo"))
     table = Table(*(Column(title, overflow="fold") for title in heading))
     for row in (
-        (_("one resource of your own"), _("yes"), _("too much"), "1"),
-        (_("a few, known as you write"), _("nest them in one `async with`"), _("too much"), "2"),
-        (_("a number known at run time"), _("around a stack: `open_all`"), _("yes"), "2"),
-        (
-            _("cleanup that is a function"),
-            _("needs a wrapper"),
-            _("`callback` or `push_async_callback`"),
-            "3",
-        ),
-        (
-            _("set-up that fails half way"),
-            _("cleans up its own part"),
-            _("closes those that are open"),
-            "4",
-        ),
-        (_("resources that outlive a function"), _("no"), "`pop_all`", "5"),
-        (_("a generator left early"), _("no: `aclosing`"), _("enters `aclosing`"), "6"),
-        (
-            _("several cleanups that fail"),
-            _("all chained"),
-            _("all chained, if the block failed"),
-            "7",
-        ),
-        (_("a cancellation in cleanup"), _("shield it here"), _("cannot help"), "8"),
-        (_("set-ups at the same time"), _("in an owner task each"), _("not with `gather`"), "9"),
+        (_("a resource of your own"), "@asynccontextmanager", ""),
+        (_("a few, known as you write"), "async with a() as x, b() as y:", "1"),
+        (_("a list, known at run time"), "async with open_all(factories) as values:", "2"),
+        (_("one that may be there already"), "if x is None: x = stack.enter_context(a())", "3"),
+        (_("a function that cleans up"), "stack.push_async_callback(f, x)", "4"),
+        (_("cleanups that fail independently"), "raise ExceptionGroup(message, errors)", "4"),
+        (_("resources that outlive a function"), "self.resources = stack.pop_all()", "5"),
+        (_("cleanup that may be cancelled"), "await finish(cleanup())", "6"),
     ):
         table.add_row(*row)
     console.print(table)
 
 
 DEMOS = (
-    demo_one,
-    demo_several,
-    demo_stack,
-    demo_third_fails,
+    demo_set_up_fails,
+    demo_any_number,
+    demo_optional,
+    demo_order_of_failures,
     demo_hand_over,
-    demo_generator,
-    demo_cleanup_fails,
     demo_cancelled,
-    demo_together,
     demo_which_one,
 )
 KEY_POINTS = """\
-* Register each exit as soon as its resource is open; call `pop_all` once set-up has succeeded.
-* In cleanup, do what matters without `await`, then shield the short rest.
-* The task that enters a manager exits it."""
+* Define each resource as a manager of its own. A stack holds any number of them.
+* Enter each resource on the stack as you open it, so that a failure closes what is open.
+* Close what you opened, and nothing that the caller opened.
+* Call `pop_all` last, once nothing in set-up can fail any more.
+* In cleanup, do what matters without `await`, then `finish` the rest."""
 
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. This chapter has no options of its own."""
-    try:
-        yield parser.parse_args()
-    except asyncio.CancelledError:  # Python 3.11: Ctrl-C after a TaskGroup has failed
-        raise KeyboardInterrupt from None
+    yield parser.parse_args()
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---

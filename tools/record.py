@@ -26,7 +26,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88  # columns: wide enough for every table, narrow enough for a page
-DEMOS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 3, 7: 4, 8: 4}  # the demo that each chapter's picture shows
+DEMOS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 3, 7: 1, 8: 4}  # the demo that each chapter's picture shows
 RACING = {3, 8}  # chapters whose tasks finish in a different order each time
 LANGUAGES = {"en": ROOT / "assets", "zh_CN": ROOT / "assets" / "zh_CN"}
 
