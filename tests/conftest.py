@@ -127,7 +127,7 @@ def child_processes() -> dict[int, str]:
             for pid in thread.read_text().split():
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
                 children[int(pid)] = command.decode(errors="replace").strip() or "zombie"
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             pass  # ended between the listing and the look
     return children
 

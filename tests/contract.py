@@ -6,7 +6,7 @@ that fails half way, by a cleanup that fails itself. Each *way* below leaves a b
 these ways, then asks your oracle whether anything leaked. Describe your manager once:
 
     def subject() -> Subject:
-        pool = Pool(size=2)
+        pool = Pool(size=4)
         return Subject(
             open=pool.acquire,                           # a new manager at each call
             leaks=lambda: pool.in_use and f"{pool.in_use} connections still taken",
@@ -14,21 +14,28 @@ these ways, then asks your oracle whether anything leaked. Describe your manager
             closed_error=ConnectionReturnedError,        # what `use` raises after the block
         )
 
-Then hold it to every way, each one a test of its own:
+Then hold it to every way, each one a test of its own, with a new pool:
 
-    @pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
+    @pytest.mark.parametrize("way", SYNC_WAYS)
     def test_a_pool_keeps_the_cleanup_contract(way: Way) -> None:
         way(subject())
 
 ASYNC_WAYS do the same for `async with`, each in an event loop of its own. Without pytest,
-`check(subject)` plays all ways and raises one ExceptionGroup of those that failed.
+`check(subject)` plays all ways and raises one ExceptionGroup of those that failed. And
 
-What is demanded: afterwards nothing is left, at once and not "soon"; what the body raised comes
-out as the very same object; a failure of cleanup comes out too, and does not hide the body's.
+    python contract.py some/file.py:subject
+
+prints a table: each way, the verdict, and what leaked. `subject` may also make a bare manager;
+then open descriptors and threads are what can leak.
+
+What is demanded: afterwards nothing is left; what the body raised comes out as the very same
+object; a failure of cleanup comes out too, and does not hide the body's. (After `async with`, the
+event loop may turn ten times before the oracle is asked: a transport closes its socket so.) While
+a block is open, the oracle must see something: one that never does proves nothing.
 A way that your Subject gives no means to try (no faults, no `use`) raises unittest.SkipTest.
 
-What is left out: signals between two bytecodes, os._exit and kill -9 (nothing in the process
-survives these), and real time (there is no sleep in here, and no timing).
+Left out: signals between two bytecodes, os._exit and kill -9 (nothing in the process survives
+these), and real time (there is no sleep in here, and no timing; only a limit for what hangs).
 """
 
 from __future__ import annotations
@@ -37,23 +44,39 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import inspect
 import os
+import signal
+import sys
+import sysconfig
 import threading
 import traceback
+import types
 import unittest
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass
-from types import CoroutineType
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+__tracebackhide__ = True  # pytest shows your lines, not these
 AnyManager = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
+# Inside this context, entering (or leaving) must fail. It may yield the error that must come out.
 Fault = Callable[[], AbstractContextManager[Any]]
+Body = Callable[[Any], Awaitable[None]]
 
-AT_ONCE = 4  # blocks open at the same time, where a subject is concurrent
 MOST_SUSPENSIONS = 2000  # more awaits than this are taken for a loop that will never end
 PATIENCE = 10.0  # seconds until something that waits is taken for something that hangs
+THREAD = "contract"  # the name of the contract's own threads
 SETTLING = 10  # turns of the event loop in which closed transports let go of their sockets
 
 
@@ -65,11 +88,13 @@ class Subject:
     leaks: Callable[[], object]  # the oracle: falsy if nothing is left, else what is
     use: Callable[[Any], Any] | None = None  # one use of what `with` gave; may be awaitable
     closed_error: type[Exception] | None = None  # of a use after the block; None: no error
-    setup_faults: Sequence[Fault] = ()  # inside each of these contexts entering must fail
-    cleanup_faults: Sequence[Fault] = ()  # inside each of these contexts leaving must fail
+    setup_faults: Sequence[Fault] | str = ()  # or in words: why entering cannot fail
+    cleanup_faults: Sequence[Fault] | str = ()  # or in words: why leaving cannot fail
     suppresses: tuple[type[BaseException], ...] = ()  # what may be swallowed, on purpose
     nestable: bool = True  # may a second block be opened inside the first?
     concurrent: bool = True  # may several threads or tasks have blocks open at once?
+    at_once: int = 4  # how many blocks are opened at once, if it is concurrent
+    visible: bool = True  # does the oracle see an open block? False for one that holds nothing
 
 
 class Failure(Exception):
@@ -80,13 +105,18 @@ class Interruption(BaseException):
     """What the body of a block raises: an error that `except Exception` does not see."""
 
 
+class Hang(BaseException):
+    """Raised in what does not end within PATIENCE seconds."""
+
+
 class Defect(Exception):
     """A manager broke the contract; a way turns this into an AssertionError with its name."""
 
-    def __init__(self, manager: object, what: str) -> None:
+    def __init__(self, manager: object, what: str, remedy: str = "") -> None:
         # The generator below @contextmanager says more than the class that it was wrapped in.
         named = getattr(manager, "gen", None) or type(manager)
         super().__init__(f"{named.__qualname__} {what}")
+        self.remedy = remedy
 
 
 Way = Callable[[Subject], None]
@@ -99,74 +129,176 @@ def check(subject: Subject | Callable[[], Subject]) -> None:
     the oracle of a shared subject goes on reporting it.
     """
     make = subject if callable(subject) else lambda: subject
-    ways = ASYNC_WAYS if asyncio.run(is_async(make())) else SYNC_WAYS
-    failures = []
-    for way in ways:
-        try:
-            way(make())
-        except unittest.SkipTest:
-            continue
-        except AssertionError as error:
-            failures.append(error)
+    ways = ways_for(make())
+    failures = [found for _way, found in verdicts(make, ways) if isinstance(found, Broken)]
     if failures:
         raise ExceptionGroup(f"{len(failures)} of {len(ways)} ways out break it", failures)
 
 
-async def is_async(subject: Subject) -> bool:
-    """Open one, to see which it is; and leave it, since it may have acquired something already."""
-    manager = subject.open()
-    is_async = isinstance(manager, AbstractAsyncContextManager)
-    with suppress(Exception):
-        if isinstance(manager, AbstractAsyncContextManager):
-            async with manager:
-                pass
+def verdicts(
+    make: Callable[[], Subject], ways: Sequence[Way]
+) -> Iterator[tuple[Way, Broken | unittest.SkipTest | None]]:
+    """Play each way; yield what it raised."""
+    for way in ways:
+        try:
+            way(make())
+        except (Broken, unittest.SkipTest) as found:
+            yield way, found
         else:
-            with manager:
-                pass
-    return is_async
+            yield way, None
 
 
-# --- What a way is, and how it judges ---
+def ways_for(subject: Subject) -> tuple[Way, ...]:
+    """Return the ways out of the kind of block that the subject opens."""
+
+    async def look() -> bool:
+        manager = subject.open()
+        await leave(manager, do_nothing)  # it may have acquired something already
+        return isinstance(manager, AbstractAsyncContextManager)
+
+    return ASYNC_WAYS if asyncio.run(look()) else SYNC_WAYS
+
+
+# --- What a way is: written once, for `with` and `async with` ---
+
+
+class Broken(AssertionError):
+    """What a way raises if the manager broke the contract."""
+
+    def __init__(self, way: str, what: str, path: str = "", remedy: str = "") -> None:
+        parts = [f"{way}: {what}", path, remedy]
+        super().__init__("\n\n".join(part for part in parts if part))
+        self.what, self.path, self.remedy = what, path, remedy
+
+
+class Run:
+    """The block that is open now: its manager, and the lines of your code that ran."""
+
+    manager: object = None
+    lines: list[tuple[types.CodeType, int]] = []  # noqa: RUF012
 
 
 sync_ways: list[Way] = []
 async_ways: list[Way] = []
+points = 0  # cancellations so far, of all ways together
 
 
-def sync_way(play: Way) -> Way:
-    """Enlist a way out of `with`."""
-    sync_ways.append(named_in_errors(play))
-    return sync_ways[-1]
+def way(
+    remedy: str, sync: bool = True
+) -> Callable[[Callable[[Subject], Coroutine[Any, Any, None]]], Way]:
+    """Enlist a way out of `with` and of `async with`; `remedy` helps if it finds a defect."""
+
+    def enlist(play: Callable[[Subject], Coroutine[Any, Any, None]]) -> Way:
+        def by_hand(subject: Subject) -> None:
+            """Drive the coroutine: with a plain manager it never waits."""
+            coroutine = play(subject)
+            try:
+                coroutine.send(None)
+            except StopIteration:
+                return
+            coroutine.close()
+            raise TypeError("a plain manager was meant, but something in here awaits")
+
+        if sync:
+            sync_ways.append(judged(play, by_hand, remedy))
+        named = judged(play, lambda subject: asyncio.run(play(subject)), remedy)
+        named.__name__ = named.__qualname__ = f"async_{play.__name__}" if sync else play.__name__
+        async_ways.append(named)
+        return sync_ways[-1] if sync else named
+
+    return enlist
 
 
-def async_way(play: Callable[[Subject], Coroutine[Any, Any, None]]) -> Way:
-    """Enlist a way out of `async with`, to be played in an event loop of its own."""
+def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: str) -> Way:
+    """Return the way: whatever goes wrong in it becomes a Broken that begins with its name."""
 
     @functools.wraps(play)
-    def in_a_loop(subject: Subject) -> None:
-        asyncio.run(play(subject))
-
-    async_ways.append(named_in_errors(in_a_loop))
-    return async_ways[-1]
-
-
-def named_in_errors(play: Way) -> Way:
-    """What goes wrong in `play` becomes an AssertionError that begins with its name."""
-
-    @functools.wraps(play)
-    def way(subject: Subject) -> None:
+    def judged_way(subject: Subject) -> None:
+        name = judged_way.__name__
         if already := subject.leaks():
-            raise AssertionError(f"{play.__name__}: not judged, before it began: {already}")
+            raise Broken(name, f"not judged, before it began: {already}")
+        Run.manager, Run.lines = None, []
         try:
-            play(subject)
+            with time_limit(), recorded_lines():
+                run(subject)
         except unittest.SkipTest:
             raise
         except Defect as defect:
-            raise AssertionError(f"{play.__name__}: {defect}") from defect.__cause__
-        except Exception as error:
-            raise AssertionError(f"{play.__name__}: {error!r} came out") from error
+            what, cause = str(defect), defect.__cause__
+            remedy_now = defect.remedy or remedy
+            raise Broken(name, what, path_that_ran(), remedy_now) from cause
+        except Hang:
+            what = f"{name_of(Run.manager)} did not end within {PATIENCE:g} s"
+            raise Broken(name, what, path_that_ran(), HANGS) from None
+        except (Exception, BaseExceptionGroup) as error:
+            raise Broken(name, f"{error!r} came out", path_that_ran(), remedy) from error
 
-    return way
+    return judged_way
+
+
+def opened(subject: Subject) -> AnyManager:
+    """Return a new manager; its time and its path begin now."""
+    in_time()
+    Run.lines = []
+    Run.manager = manager = subject.open()
+    kind = AbstractAsyncContextManager if in_a_loop() else AbstractContextManager
+    if not isinstance(manager, kind):
+        ways = "ASYNC_WAYS" if isinstance(manager, AbstractAsyncContextManager) else "SYNC_WAYS"
+        raise Defect(manager, f"is for {ways}", "`with` and `async with` have ways of their own.")
+    return manager
+
+
+def in_a_loop() -> bool:
+    """Return whether this is a way out of `async with`."""
+    return asyncio._get_running_loop() is not None
+
+
+async def leave(
+    manager: AnyManager, body: Body, error: BaseException | None = None
+) -> BaseException | None:
+    """Open a block, run `body` in it, leave it by `error`; return what came out."""
+    try:
+        if isinstance(manager, AbstractAsyncContextManager):
+            async with manager as value:
+                await body(value)
+                if error is not None:
+                    raise error
+        else:
+            with manager as value:
+                await body(value)
+                if error is not None:
+                    raise error
+    except (Defect, Hang):
+        raise
+    except BaseException as came_out:
+        return came_out
+    return None
+
+
+def pass_on(came_out: BaseException | None, expected: BaseException | None) -> None:
+    """Raise what came out of a block, unless it was to be expected."""
+    if came_out is not None and came_out is not expected:
+        raise came_out
+
+
+async def use(subject: Subject, value: object) -> None:
+    """Use what the block gave, once."""
+    if subject.use is not None:
+        result = subject.use(value)
+        if inspect.isawaitable(result):
+            await result
+
+
+async def do_nothing(value: object) -> None: ...
+
+
+def only_if(condition: object, reason: str) -> None:
+    """Skip a way that this subject is not made for."""
+    if not condition:
+        raise unittest.SkipTest(reason)
+
+
+# --- What is demanded ---
 
 
 def judge(
@@ -174,21 +306,10 @@ def judge(
 ) -> None:
     """What the body raised must come out, unless the subject says that it may be swallowed."""
     if came_out is None and went_in is not None and not isinstance(went_in, subject.suppresses):
-        raise Defect(manager, f"swallowed {went_in!r}")
+        raise Defect(manager, f"swallowed {went_in!r}", SWALLOWS)
     if came_out is not None and came_out is not went_in:
         left = "normally" if went_in is None else f"by {went_in!r}"
         raise Defect(manager, f"was left {left}, but {came_out!r} came out") from came_out
-
-
-def judge_failed_cleanup(
-    manager: object, under: str, went_in: BaseException | None, came_out: BaseException | None
-) -> None:
-    """The failure must come out, and what the body raised must be visible beside it."""
-    if came_out is None:
-        raise Defect(manager, f"failed to clean up {under} without a word")
-    if went_in is not None and not any(went_in is error for error in visible_from(came_out)):
-        what = f"failed to clean up {under}: {came_out!r} hides the body's {went_in!r}"
-        raise Defect(manager, what) from came_out
 
 
 def visible_from(error: BaseException) -> Iterator[BaseException]:
@@ -202,172 +323,51 @@ def visible_from(error: BaseException) -> Iterator[BaseException]:
         yield from visible_from(shown)
 
 
-def nothing_left(subject: Subject, manager: object, how: str = "") -> None:
-    """Ask the oracle."""
-    if leaked := subject.leaks():
+def must_show(manager: object, under: str, expected: object, came_out: BaseException) -> None:
+    """The error that a fault promises must come out, or be visible beside what did."""
+    if not isinstance(expected, BaseException | type):
+        return
+    for error in visible_from(came_out):
+        if error is expected or (isinstance(expected, type) and isinstance(error, expected)):
+            return
+    raise Defect(
+        manager, f"failed {under}, but not by its {expected!r}: {came_out!r}"
+    ) from came_out
+
+
+def other_tasks() -> set[asyncio.Task[Any]]:
+    """The tasks of this event loop, without the current one."""
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+def nothing_running(manager: object, tasks: set[asyncio.Task[Any]], how: str) -> None:
+    """No task of the manager's may go on in the background."""
+    if tasks:
+        raise Defect(manager, f"was left{how} while its work went on in {tasks}")
+
+
+async def nothing_left(
+    subject: Subject,
+    manager: object,
+    how: str = "",
+    context: contextvars.Context | None = None,
+) -> None:
+    """No task may go on in the background; then ask the oracle, in the context of the block."""
+    ask = subject.leaks if context is None else functools.partial(context.run, subject.leaks)
+    if in_a_loop():
+        nothing_running(manager, other_tasks(), how)
+        for _turn in range(SETTLING):
+            if not ask():
+                return
+            await asyncio.sleep(0)
+    if leaked := ask():
         raise Defect(manager, f"left something behind{how}: {leaked}")
 
 
-def faults(kind: str, given: Sequence[Fault]) -> Iterator[tuple[str, Fault]]:
-    """Each fault with a name for messages; there must be one."""
-    only_if(given, f"the subject has no {kind}")
-    for number, fault in enumerate(given):
-        yield f"under {kind}[{number}]", fault
-
-
-def only_if(condition: object, reason: str) -> None:
-    """Skip a way that this subject is not made for."""
-    if not condition:
-        raise unittest.SkipTest(reason)
-
-
-def opened(subject: Subject) -> AbstractContextManager[Any]:
-    """A new manager for `with`."""
-    manager = subject.open()
-    if not isinstance(manager, AbstractContextManager):
-        raise Defect(manager, "has no __enter__ and __exit__: are ASYNC_WAYS meant?")
-    return manager
-
-
-def use(subject: Subject, value: object) -> None:
-    """Use what `with` gave, once."""
-    if subject.use is not None:
-        subject.use(value)
-
-
-# --- The ways out of `with` ---
-
-
-def leave_by(subject: Subject, error: BaseException | None) -> None:
-    """Leave one block by `error`, or normally by None."""
-    manager, came_out = opened(subject), None
-    try:
-        with manager as value:
-            use(subject, value)
-            if error is not None:
-                raise error
-    except BaseException as caught:
-        came_out = caught
-    judge(subject, manager, error, came_out)
-    nothing_left(subject, manager)
-
-
-@sync_way
-def returns(subject: Subject) -> None:
-    """The body reaches its end."""
-    leave_by(subject, None)
-
-
-@sync_way
-def raises_exception(subject: Subject) -> None:
-    """The body raises an ordinary error."""
-    leave_by(subject, Failure("raised in the body"))
-
-
-@sync_way
-def raises_base_exception(subject: Subject) -> None:
-    """The body raises what `except Exception` does not see."""
-    leave_by(subject, Interruption("raised in the body"))
-
-
-@sync_way
-def raises_keyboard_interrupt(subject: Subject) -> None:
-    """The user presses Ctrl-C."""
-    leave_by(subject, KeyboardInterrupt("raised in the body"))
-
-
-@sync_way
-def raises_generator_exit(subject: Subject) -> None:
-    """GeneratorExit passes through, in which `yield` is forbidden."""
-    leave_by(subject, GeneratorExit("raised in the body"))
-
-
-@sync_way
-def raises_cancelled_error(subject: Subject) -> None:
-    """CancelledError passes through: a `with` inside a task that is cancelled."""
-    leave_by(subject, asyncio.CancelledError("raised in the body"))
-
-
-@sync_way
-def raises_stop_iteration(subject: Subject) -> None:
-    """StopIteration passes through, which a generator would turn into RuntimeError (PEP 479)."""
-    leave_by(subject, StopIteration("raised in the body"))
-
-
-@sync_way
-def generator_closed(subject: Subject) -> None:
-    """The block stands in a generator that is closed while it is suspended there."""
-    manager, came_out = opened(subject), None
-
-    def suspended() -> Generator[None]:
-        nonlocal came_out
-        try:
-            with manager as value:
-                use(subject, value)
-                yield
-        except GeneratorExit as caught:
-            came_out = caught
-            raise
-
-    generator = suspended()
-    next(generator)
-    generator.close()
-    judge(subject, manager, came_out or GeneratorExit("of generator.close()"), came_out)
-    nothing_left(subject, manager)
-
-
-@sync_way
-def set_up_fails(subject: Subject) -> None:
-    """Entering fails: what it had acquired by then must be given back."""
-    for under, fault in faults("setup_faults", subject.setup_faults):
-        manager = None
-        with fault():
-            try:
-                manager = opened(subject)
-                with manager:
-                    pass
-            except Exception:
-                pass
-            else:
-                raise Defect(manager, f"was meant to fail {under}, but was entered")
-        nothing_left(subject, manager, f" {under}")
-
-
-def leave_under(subject: Subject, under: str, fault: Fault, error: BaseException | None) -> None:
-    """Leave a block whose cleanup fails."""
-    manager, came_out = None, None
-    with fault():
-        try:
-            manager = opened(subject)
-            with manager as value:
-                use(subject, value)
-                if error is not None:
-                    raise error
-        except BaseException as caught:
-            came_out = caught
-    judge_failed_cleanup(manager, under, error, came_out)
-    nothing_left(subject, manager, f" {under}")
-
-
-@sync_way
-def clean_up_fails(subject: Subject) -> None:
-    """Cleanup fails: that must come out, and the rest must be cleaned up all the same."""
-    for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        leave_under(subject, under, fault, None)
-
-
-@sync_way
-def clean_up_fails_after_an_error(subject: Subject) -> None:
-    """The body fails, then cleanup fails too: neither may hide the other."""
-    for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        leave_under(subject, under, fault, Failure("raised in the body"))
-
-
-@sync_way
-def never_entered(subject: Subject) -> None:
-    """A manager is made but never entered: it must not have acquired anything."""
-    manager = opened(subject)
-    nothing_left(subject, manager, " though it was never entered")
+def must_see(subject: Subject, manager: object, what: str) -> None:
+    """While a block is open, the oracle must see something."""
+    if subject.visible and not subject.leaks():
+        raise Defect(manager, what, BLIND)
 
 
 @contextlib.contextmanager
@@ -384,203 +384,111 @@ def must_be_closed(subject: Subject, manager: object) -> Iterator[None]:
     raise Defect(manager, f"could be used after its block: no {expected.__name__} was raised")
 
 
-@sync_way
-def used_after_close(subject: Subject) -> None:
-    """What the block gave is used after the block."""
-    only_if(subject.use, "the subject has no use")
-    for error in (None, Failure("raised in the body")):
-        manager = opened(subject)
-        with suppress(Failure), manager as value:
-            if error is not None:
-                raise error
-        if subject.closed_error is None:
-            use(subject, value)
-        else:
-            with must_be_closed(subject, manager):
-                use(subject, value)
-        nothing_left(subject, manager)
+def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault]]:
+    """Each fault with a name for messages; there must be one."""
+    only_if(given, f"the subject has no {kind}")
+    if isinstance(given, str):
+        raise unittest.SkipTest(given)
+    for number, fault in enumerate(given):
+        yield f"under {kind}[{number}]", fault
 
 
-@sync_way
-def nested(subject: Subject) -> None:
-    """A block inside a block, left normally and by an error: the outer one is not disturbed."""
-    only_if(subject.nestable, "the subject is not nestable")
-    outer = opened(subject)
-    with outer as value:
-        use(subject, value)
-        for error in (None, Failure("raised in the inner body")):
-            with suppress(Failure), opened(subject) as inner_value:
-                use(subject, inner_value)
-                if error is not None:
-                    raise error
-            use(subject, value)
-            if subject.closed_error is not None:
-                with must_be_closed(subject, outer):
-                    use(subject, inner_value)
-    if subject.closed_error is not None:
-        with must_be_closed(subject, outer):
-            use(subject, value)
-    nothing_left(subject, outer)
+# --- The ways out ---
+
+IN_FINALLY = "Release in `finally` or `__exit__` (chapter 01, demo 3)."
+NOT_EXCEPT = "`except Exception` does not see it: release in `finally` (chapter 01, demo 3)."
+PASSES_ON = "Let it pass on unchanged: see what `@contextmanager` does (chapter 01, demo 6)."
+SWALLOWS = "Let `__exit__` return a true value only to suppress on purpose (chapter 01, demo 5)."
+HALF_WAY = "Release what is held already: an `ExitStack` does so (chapter 07, demo 2)."
+ONE_BY_ONE = "Give each release a `finally` of its own, or an `ExitStack` (chapter 07, demo 5)."
+IN_ENTER = "Acquire in `__enter__` or below `def`, not in `__init__` (chapter 01, demo 1)."
+CLOSED = "Mark it as closed in the cleanup, and check that at each use (chapter 02, demo 1)."
+RESTORE = "Restore what was there before, not None: keep the token (chapter 04, demo 2)."
+OWN_STATE = "Keep the state of a block in the block, or in a ContextVar (chapter 04, demo 3)."
+NO_GAP = "No `await` between taking and `try` (chapter 03, demo 4)."
+SERVED = "A waiter that was served and cancelled must pass it on (chapter 03, demo 5)."
+FINISH = "Cleanup that awaits needs `finish`, or no `await` (chapter 03, demo 7)."
+BLIND = "Let `leaks` see what an open block holds; if it holds nothing, say visible=False."
+PASSES_CANCEL = "Catch CancelledError only to clean up, then `raise` (chapter 03, demo 7)."
+HANGS = "Is it nestable? concurrent? If not: Subject(nestable=False, concurrent=False)."
 
 
-@sync_way
-def concurrent(subject: Subject) -> None:
-    """Threads have blocks open at once; half of them leave, and the others go on using theirs."""
-    only_if(subject.concurrent, "the subject is not concurrent")
-    meeting = threading.Barrier(AT_ONCE, timeout=PATIENCE)
-    managers, errors = [], []
-
-    def in_a_thread(leaves_first: bool) -> None:
-        try:
-            manager = opened(subject)
-            managers.append(manager)
-            with manager as value:
-                meeting.wait()  # all are open
-                use(subject, value)
-                if not leaves_first:
-                    meeting.wait()  # half have left
-                    use(subject, value)
-            if leaves_first:
-                meeting.wait()
-            meeting.wait()  # all have left
-            nothing_left(subject, manager)  # as seen from this thread's context, too
-        except BaseException as error:
-            meeting.abort()
-            errors.append(error)
-
-    threads = [threading.Thread(target=in_a_thread, args=(n % 2 == 0,)) for n in range(AT_ONCE)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raise_first(errors, threading.BrokenBarrierError)
-    nothing_left(subject, managers[0])
-
-
-def raise_first(errors: Sequence[BaseException], consequence: type[BaseException]) -> None:
-    """Raise the error that made the others give up."""
-    causes = [error for error in errors if not isinstance(error, consequence)]
-    if causes:
-        raise causes[0]
-    if errors:
-        raise TimeoutError(f"{AT_ONCE} blocks could not be open at once: is it concurrent?")
-
-
-# --- The ways out of `async with` ---
-
-
-def opened_async(subject: Subject) -> AbstractAsyncContextManager[Any]:
-    """A new manager for `async with`."""
-    manager = subject.open()
-    if not isinstance(manager, AbstractAsyncContextManager):
-        raise Defect(manager, "has no __aenter__ and __aexit__: are SYNC_WAYS meant?")
-    return manager
-
-
-async def use_async(subject: Subject, value: object) -> None:
-    """Use what `async with` gave, once."""
-    if subject.use is not None:
-        result = subject.use(value)
-        if inspect.isawaitable(result):
-            await result
-
-
-def other_tasks() -> set[asyncio.Task[Any]]:
-    """The tasks of this event loop, without the current one."""
-    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
-
-
-def nothing_running(manager: object, tasks: set[asyncio.Task[Any]], how: str) -> None:
-    """No task of the manager's may go on in the background."""
-    if tasks:
-        raise Defect(manager, f"was left{how} while its work went on in {tasks}")
-
-
-async def nothing_left_async(
-    subject: Subject,
-    manager: object,
-    how: str = "",
-    context: contextvars.Context | None = None,
-) -> None:
-    """No task may go on in the background; then ask the oracle, in the context of the block."""
-    nothing_running(manager, other_tasks(), how)
-    ask = subject.leaks if context is None else functools.partial(context.run, subject.leaks)
-    for _ in range(SETTLING):
-        if not ask():
-            return
-        await asyncio.sleep(0)
-    if leaked := ask():
-        raise Defect(manager, f"left something behind{how}: {leaked}")
-
-
-async def leave_async_by(subject: Subject, error: BaseException | None) -> None:
+async def leave_by(subject: Subject, error: BaseException | None) -> None:
     """Leave one block by `error`, or normally by None."""
-    manager, came_out = opened_async(subject), None
-    try:
-        async with manager as value:
-            await use_async(subject, value)
-            if error is not None:
-                raise error
-    except BaseException as caught:
-        came_out = caught
+    manager = opened(subject)
+    came_out = await leave(manager, functools.partial(use, subject), error)
     judge(subject, manager, error, came_out)
-    await nothing_left_async(subject, manager)
+    await nothing_left(subject, manager)
 
 
-@async_way
-async def async_returns(subject: Subject) -> None:
+@way(IN_FINALLY)
+async def returns(subject: Subject) -> None:
     """The body reaches its end."""
-    await leave_async_by(subject, None)
+    manager = opened(subject)
+
+    async def body(value: object) -> None:
+        await use(subject, value)
+        must_see(subject, manager, "is open, and `leaks` sees nothing")
+
+    judge(subject, manager, None, await leave(manager, body))
+    await nothing_left(subject, manager)
 
 
-@async_way
-async def async_raises_exception(subject: Subject) -> None:
+@way(IN_FINALLY)
+async def raises_exception(subject: Subject) -> None:
     """The body raises an ordinary error."""
-    await leave_async_by(subject, Failure("raised in the body"))
+    await leave_by(subject, Failure("raised in the body"))
 
 
-@async_way
-async def async_raises_base_exception(subject: Subject) -> None:
+@way(NOT_EXCEPT)
+async def raises_base_exception(subject: Subject) -> None:
     """The body raises what `except Exception` does not see."""
-    await leave_async_by(subject, Interruption("raised in the body"))
+    await leave_by(subject, Interruption("raised in the body"))
 
 
-@async_way
-async def async_raises_keyboard_interrupt(subject: Subject) -> None:
-    """KeyboardInterrupt passes through."""
-    await leave_async_by(subject, KeyboardInterrupt("raised in the body"))
+@way(NOT_EXCEPT)
+async def raises_keyboard_interrupt(subject: Subject) -> None:
+    """The user presses Ctrl-C."""
+    await leave_by(subject, KeyboardInterrupt("raised in the body"))
 
 
-@async_way
-async def async_raises_generator_exit(subject: Subject) -> None:
-    """GeneratorExit passes through."""
-    await leave_async_by(subject, GeneratorExit("raised in the body"))
+@way(NOT_EXCEPT)
+async def raises_generator_exit(subject: Subject) -> None:
+    """GeneratorExit passes through, in which `yield` is forbidden."""
+    await leave_by(subject, GeneratorExit("raised in the body"))
 
 
-@async_way
-async def async_raises_cancelled_error(subject: Subject) -> None:
+@way(NOT_EXCEPT)
+async def raises_cancelled_error(subject: Subject) -> None:
     """CancelledError passes through, though nobody cancelled this task."""
-    await leave_async_by(subject, asyncio.CancelledError("raised in the body"))
+    await leave_by(subject, asyncio.CancelledError("raised in the body"))
 
 
-@async_way
-async def async_raises_stop_iteration(subject: Subject) -> None:
-    """StopIteration and StopAsyncIteration pass through; a generator would turn them."""
-    await leave_async_by(subject, StopIteration("raised in the body"))
-    await leave_async_by(subject, StopAsyncIteration("raised in the body"))
+@way(PASSES_ON)
+async def raises_stop_iteration(subject: Subject) -> None:
+    """StopIteration passes through, which a generator would turn into RuntimeError (PEP 479)."""
+    await leave_by(subject, StopIteration("raised in the body"))
+    if in_a_loop():
+        await leave_by(subject, StopAsyncIteration("raised in the body"))
 
 
-@async_way
-async def async_generator_closed(subject: Subject) -> None:
-    """The block stands in an async generator that is closed while it is suspended there."""
-    manager, came_out = opened_async(subject), None
+@way(NOT_EXCEPT)
+async def generator_closed(subject: Subject) -> None:
+    """The block stands in a generator that is closed while it is suspended there."""
+    manager = opened(subject)
+    came_out: BaseException | None = None
 
     async def suspended() -> AsyncGenerator[None]:
         nonlocal came_out
         try:
-            async with manager as value:
-                await use_async(subject, value)
-                yield
+            if isinstance(manager, AbstractAsyncContextManager):
+                async with manager as value:
+                    await use(subject, value)
+                    yield
+            else:
+                with manager as value:
+                    await use(subject, value)
+                    yield
         except GeneratorExit as caught:
             came_out = caught
             raise
@@ -588,140 +496,198 @@ async def async_generator_closed(subject: Subject) -> None:
     generator = suspended()
     await anext(generator)
     await generator.aclose()
-    judge(subject, manager, came_out or GeneratorExit("of generator.aclose()"), came_out)
-    await nothing_left_async(subject, manager)
+    judge(subject, manager, came_out or GeneratorExit("of the generator"), came_out)
+    await nothing_left(subject, manager)
 
 
-@async_way
-async def async_set_up_fails(subject: Subject) -> None:
+@way(HALF_WAY)
+async def set_up_fails(subject: Subject) -> None:
     """Entering fails: what it had acquired by then must be given back."""
     for under, fault in faults("setup_faults", subject.setup_faults):
         manager = None
-        with fault():
+        with fault() as expected:
             try:
-                manager = opened_async(subject)
-                async with manager:
-                    pass
-            except Exception:
-                pass
-            else:
+                manager = opened(subject)
+                came_out = await leave(manager, do_nothing)
+            except Exception as error:
+                came_out = error
+            if came_out is None:
                 raise Defect(manager, f"was meant to fail {under}, but was entered")
-        await nothing_left_async(subject, manager, f" {under}")
+            must_show(manager, under, expected, came_out)
+        await nothing_left(subject, manager, f" {under}")
 
 
-async def leave_async_under(
+async def leave_under(
     subject: Subject, under: str, fault: Fault, error: BaseException | None
 ) -> None:
-    """Leave a block whose cleanup fails."""
-    manager, came_out = None, None
-    with fault():
-        try:
-            manager = opened_async(subject)
-            async with manager as value:
-                await use_async(subject, value)
-                if error is not None:
-                    raise error
-        except BaseException as caught:
-            came_out = caught
-    judge_failed_cleanup(manager, under, error, came_out)
-    await nothing_left_async(subject, manager, f" {under}")
+    """Leave a block whose cleanup fails: the failure must come out, the body's error be visible."""
+    with fault() as expected:
+        manager = opened(subject)
+        came_out = await leave(manager, functools.partial(use, subject), error)
+    if came_out is None:
+        raise Defect(manager, f"failed to clean up {under} without a word")
+    if error is not None and not any(error is shown for shown in visible_from(came_out)):
+        what = f"failed to clean up {under}: {came_out!r} hides the body's {error!r}"
+        raise Defect(manager, what) from came_out
+    must_show(manager, under, expected, came_out)
+    await nothing_left(subject, manager, f" {under}")
 
 
-@async_way
-async def async_clean_up_fails(subject: Subject) -> None:
+@way(ONE_BY_ONE)
+async def clean_up_fails(subject: Subject) -> None:
     """Cleanup fails: that must come out, and the rest must be cleaned up all the same."""
     for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        await leave_async_under(subject, under, fault, None)
+        await leave_under(subject, under, fault, None)
 
 
-@async_way
-async def async_clean_up_fails_after_an_error(subject: Subject) -> None:
+@way(ONE_BY_ONE)
+async def clean_up_fails_after_an_error(subject: Subject) -> None:
     """The body fails, then cleanup fails too: neither may hide the other."""
     for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        await leave_async_under(subject, under, fault, Failure("raised in the body"))
+        await leave_under(subject, under, fault, Failure("raised in the body"))
 
 
-@async_way
-async def async_never_entered(subject: Subject) -> None:
+@way(IN_ENTER)
+async def never_entered(subject: Subject) -> None:
     """A manager is made but never entered: it must not have acquired anything."""
-    manager = opened_async(subject)
-    await nothing_left_async(subject, manager, " though it was never entered")
+    manager = opened(subject)
+    await nothing_left(subject, manager, " though it was never entered")
 
 
-@async_way
-async def async_used_after_close(subject: Subject) -> None:
+@way(CLOSED)
+async def used_after_close(subject: Subject) -> None:
     """What the block gave is used after the block."""
     only_if(subject.use, "the subject has no use")
     for error in (None, Failure("raised in the body")):
-        manager = opened_async(subject)
-        with suppress(Failure):
-            async with manager as value:
-                if error is not None:
-                    raise error
+        manager = opened(subject)
+        given: list[object] = []
+
+        async def keep(value: object, given: list[object] = given) -> None:
+            given.append(value)
+
+        pass_on(await leave(manager, keep, error), error)
         if subject.closed_error is None:
-            await use_async(subject, value)
+            await use(subject, given[0])
         else:
             with must_be_closed(subject, manager):
-                await use_async(subject, value)
-        await nothing_left_async(subject, manager)
+                await use(subject, given[0])
+        await nothing_left(subject, manager)
 
 
-@async_way
-async def async_nested(subject: Subject) -> None:
+@way(RESTORE)
+async def nested(subject: Subject) -> None:
     """A block inside a block, left normally and by an error: the outer one is not disturbed."""
     only_if(subject.nestable, "the subject is not nestable")
-    outer = opened_async(subject)
-    async with outer as value:
-        await use_async(subject, value)
+    outer = opened(subject)
+    given: list[object] = []
+
+    async def inner_body(value: object) -> None:
+        given.append(value)
+        await use(subject, value)
+
+    async def body(value: object) -> None:
+        await use(subject, value)
         for error in (None, Failure("raised in the inner body")):
-            with suppress(Failure):
-                async with opened_async(subject) as inner_value:
-                    await use_async(subject, inner_value)
-                    if error is not None:
-                        raise error
-            await use_async(subject, value)
+            inner = subject.open()
+            pass_on(await leave(inner, inner_body, error), error)
+            must_see(subject, outer, "is open, but after an inner block `leaks` sees nothing")
+            await use(subject, value)
             if subject.closed_error is not None:
                 with must_be_closed(subject, outer):
-                    await use_async(subject, inner_value)
+                    await use(subject, given[-1])
+        given.append(value)
+
+    pass_on(await leave(outer, body), None)
     if subject.closed_error is not None:
         with must_be_closed(subject, outer):
-            await use_async(subject, value)
-    await nothing_left_async(subject, outer)
+            await use(subject, given[-1])
+    await nothing_left(subject, outer)
 
 
-@async_way
-async def async_concurrent(subject: Subject) -> None:
-    """Tasks have blocks open at once; half of them leave, and the others go on using theirs."""
+@way(OWN_STATE)
+async def concurrent(subject: Subject) -> None:
+    """Threads or tasks have blocks open at once; half leave, the others go on using theirs."""
     only_if(subject.concurrent, "the subject is not concurrent")
-    meeting = asyncio.Barrier(AT_ONCE)
-    managers = []
+    managers: list[object] = []
 
-    async def in_a_task(leaves_first: bool) -> None:
+    async def take_part(meet: Callable[[], Awaitable[object]], leaves_first: bool) -> None:
+        manager = opened(subject)
+        managers.append(manager)
+
+        async def body(value: object) -> None:
+            await meet()  # all are open
+            await use(subject, value)
+            if not leaves_first:
+                await meet()  # half have left
+                await use(subject, value)
+
+        pass_on(await leave(manager, body), None)
+        if leaves_first:
+            await meet()
+        await meet()  # all have left
+        if leaked := subject.leaks():  # as seen from this thread's or task's context, too
+            raise Defect(manager, f"left something behind: {leaked}")
+
+    errors = await (in_tasks if in_a_loop() else in_threads)(take_part, subject.at_once)
+    consequences = (
+        threading.BrokenBarrierError,
+        asyncio.BrokenBarrierError,
+        asyncio.CancelledError,
+    )
+    causes = [error for error in errors if not isinstance(error, consequences)]
+    if causes:
+        raise causes[0]
+    if errors:
+        what = f"{subject.at_once} blocks could not be open at once"
+        raise TimeoutError(f"{what}: is it concurrent? Is at_once right?")
+    await nothing_left(subject, managers[0])
+
+
+async def in_threads(take_part: Callable[..., Any], number: int) -> list[BaseException]:
+    """Play a part in each of some threads; return the errors."""
+    meeting = threading.Barrier(number, timeout=PATIENCE)
+    errors: list[BaseException] = []
+
+    async def meet() -> None:
+        meeting.wait()
+
+    def play(leaves_first: bool) -> None:
         try:
-            manager = opened_async(subject)
-            managers.append(manager)
-            async with manager as value:
-                await meeting.wait()  # all are open
-                await use_async(subject, value)
-                if not leaves_first:
-                    await meeting.wait()  # half have left
-                    await use_async(subject, value)
-            if leaves_first:
-                await meeting.wait()
-            await meeting.wait()  # all have left
-            nothing_left(subject, manager)  # as seen from this task's context, too
+            take_part(meet, leaves_first).send(None)
+        except StopIteration:
+            return
+        except BaseException as error:
+            meeting.abort()
+            errors.append(error)
+
+    threads = [
+        threading.Thread(name=THREAD, target=play, args=(n % 2 == 0,), daemon=True)
+        for n in range(number)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+async def in_tasks(take_part: Callable[..., Any], number: int) -> list[BaseException]:
+    """Play a part in each of some tasks; return the errors."""
+    meeting = asyncio.Barrier(number)
+
+    async def play(leaves_first: bool) -> None:
+        try:
+            await take_part(meeting.wait, leaves_first)
         except BaseException:
             await meeting.abort()
             raise
 
-    tasks = [asyncio.create_task(in_a_task(n % 2 == 0)) for n in range(AT_ONCE)]
-    _, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
+    tasks = [asyncio.create_task(play(n % 2 == 0)) for n in range(number)]
+    _done, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
     for task in hanging:
         task.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
-    errors = [error for error in ended if isinstance(error, BaseException)]
-    raise_first(errors, asyncio.CancelledError if hanging else asyncio.BrokenBarrierError)
-    await nothing_left_async(subject, managers[0])
+    return [error for error in ended if isinstance(error, BaseException)]
 
 
 # --- Cancellation at every await ---
@@ -750,17 +716,18 @@ class Cancelling:
 
     async def block(self) -> None:
         """The block whose ways out are examined."""
-        self.manager = manager = opened_async(self.subject)
+        self.manager = manager = opened(self.subject)
+        assert isinstance(manager, AbstractAsyncContextManager)
         async with manager as value:
             try:
                 self.phase = "body"
-                await use_async(self.subject, value)
+                await use(self.subject, value)
                 await asyncio.sleep(0)
             finally:
                 self.phase = "cleanup"
 
     def __await__(self) -> Generator[Any, Any, None]:
-        block: CoroutineType[Any, Any, None] = self.block()  # type: ignore[assignment]
+        block: types.CoroutineType[Any, Any, None] = self.block()  # type: ignore[assignment]
         resume: Callable[[], Any] = functools.partial(block.send, None)
         while True:
             try:
@@ -770,6 +737,8 @@ class Cancelling:
             cancels = self.when(self.suspensions, self.phase)
             self.suspensions += 1
             if cancels:
+                global points
+                points += 1
                 self.cancels.append((self.phase, None))
                 self.cancel(awaited)
             try:
@@ -828,13 +797,15 @@ async def cancel(subject: Subject, when: Callable[[int, str], bool], late: bool 
         raise Defect(run.manager, f"did not end within {PATIENCE} s{run.story()}")
     judge_cancelled(run, task)
     nothing_running(run.manager, run.still_running, run.story())
-    await nothing_left_async(subject, run.manager, run.story(), context)
+    await nothing_left(subject, run.manager, run.story(), context)
     return len(run.cancels)
 
 
 def judge_cancelled(run: Cancelling, task: asyncio.Task[None]) -> None:
     """A cancelled task must end as cancelled, and one that was not must end well."""
     if task.cancelled() and run.cancels:
+        if not task.cancelling():
+            raise Defect(run.manager, f"undid the cancellation by uncancel(){run.story()}")
         return
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if isinstance(error, Defect):
@@ -842,7 +813,7 @@ def judge_cancelled(run: Cancelling, task: asyncio.Task[None]) -> None:
     if error is not None:
         raise Defect(run.manager, f"let {error!r} out{run.story()}") from error
     if run.cancels and not issubclass(asyncio.CancelledError, run.subject.suppresses):
-        raise Defect(run.manager, f"swallowed CancelledError{run.story()}")
+        raise Defect(run.manager, f"swallowed CancelledError{run.story()}", PASSES_CANCEL)
 
 
 def bounded_count(subject: Subject) -> Iterator[int]:
@@ -852,7 +823,7 @@ def bounded_count(subject: Subject) -> Iterator[int]:
     raise Defect(subject.open(), what)
 
 
-@async_way
+@way(NO_GAP, sync=False)
 async def async_cancelled_while_it_waits(subject: Subject) -> None:
     """Cancelled at the first await of set-up, body or cleanup; at the second; and so on."""
     for nth in bounded_count(subject):
@@ -860,7 +831,7 @@ async def async_cancelled_while_it_waits(subject: Subject) -> None:
             return
 
 
-@async_way
+@way(SERVED, sync=False)
 async def async_cancelled_just_as_it_is_served(subject: Subject) -> None:
     """Cancelled when what it waited for was granted already, at every await."""
     for nth in bounded_count(subject):
@@ -868,7 +839,7 @@ async def async_cancelled_just_as_it_is_served(subject: Subject) -> None:
             return
 
 
-@async_way
+@way(FINISH, sync=False)
 async def async_cancelled_again_while_it_cleans_up(subject: Subject) -> None:
     """Cancelled in its body, then once more at every await of the cleanup that follows."""
     for nth in bounded_count(subject):
@@ -884,7 +855,7 @@ async def async_cancelled_again_while_it_cleans_up(subject: Subject) -> None:
             return
 
 
-@async_way
+@way(FINISH, sync=False)
 async def async_cancelled_twice_anywhere(subject: Subject) -> None:
     """Cancelled at every await, then once more at every await after that: all pairs.
 
@@ -903,3 +874,199 @@ async def async_cancelled_twice_anywhere(subject: Subject) -> None:
 
 SYNC_WAYS = tuple(sync_ways)
 ASYNC_WAYS = tuple(async_ways)
+
+
+@way(FINISH, sync=False)
+async def async_cancelled_by_an_anyio_scope(subject: Subject) -> None:
+    """The block stands in an anyio scope that is cancelled, as in Starlette or FastAPI."""
+    anyio = sys.modules.get("anyio")
+    only_if(anyio, "anyio is not imported")
+    assert anyio is not None
+    manager = opened(subject)
+
+    async def body(value: object) -> None:
+        await use(subject, value)
+        scope.cancel()
+        await asyncio.sleep(0)
+
+    # subtle: such a scope cancels its task again at each turn of the event loop.
+    with anyio.CancelScope() as scope:
+        came_out = await leave(manager, body)
+        if came_out is not None:
+            raise came_out
+    if not scope.cancelled_caught and not issubclass(asyncio.CancelledError, subject.suppresses):
+        raise Defect(manager, "swallowed the cancellation of an anyio scope", PASSES_CANCEL)
+    await nothing_left(subject, manager, " when cancelled by an anyio scope")
+
+
+# --- A limit for what hangs ---
+
+
+def in_time() -> None:
+    """Let the limit begin anew."""
+    if can_interrupt():
+        signal.setitimer(signal.ITIMER_REAL, 2 * PATIENCE, 1.0)
+
+
+def can_interrupt() -> bool:
+    """Return whether a signal can end what hangs: in the main thread, and not on Windows."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and hasattr(signal, "setitimer")
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise Hang in what does not end."""
+    if not can_interrupt():
+        yield
+        return
+
+    def on_alarm(number: int, frame: types.FrameType | None) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    in_time()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- The path that ran, in the manager's own code ---
+
+FOREIGN = (__file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+
+
+@contextlib.contextmanager
+def recorded_lines() -> Iterator[None]:
+    """Record the lines of your code that run in this thread, unless a debugger does."""
+    if sys.gettrace() is not None:
+        yield
+        return
+
+    last: dict[int, int] = {}  # the line that each frame has reached
+
+    def on_event(frame: types.FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename.startswith(FOREIGN):
+            return None
+        if event == "line" and frame.f_lineno != last.get(id(frame)):
+            Run.lines.append((frame.f_code, frame.f_lineno))
+        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
+        return on_event
+
+    sys.settrace(on_event)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def codes_of(manager: object) -> list[types.CodeType]:
+    """Return the manager's own functions: the generator below a decorator, or its methods."""
+    generator = getattr(manager, "gen", None)
+    for name in ("gi_code", "ag_code"):
+        if code := getattr(generator, name, None):
+            return [code]
+    methods = (getattr(type(manager), name, None) for name in METHODS)
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return [code for code in codes if code and not code.co_filename.startswith(FOREIGN)]
+
+
+METHODS = ("__enter__", "__aenter__", "__exit__", "__aexit__")
+
+
+def path_that_ran() -> str:
+    """Return the manager's code, with the order of execution beside each line."""
+    rows: list[tuple[str, str]] = []
+    codes = codes_of(Run.manager)
+    steps = [(code, line) for code, line in Run.lines if code in codes]
+    for code in codes:
+        try:
+            source, first = inspect.getsourcelines(code)
+        except OSError:
+            continue
+        for number, text in enumerate(source, max(first, 1)):
+            places = [str(n) for n, step in enumerate(steps, 1) if step == (code, number)]
+            rows.append((" ".join(places[:6]), text.rstrip()))
+    if not rows:
+        return ""
+    width = max(len(places) for places, _text in rows)
+    lines = [f"  {places:>{width}}  {text}".rstrip() for places, text in rows]
+    return "\n".join(["the path that ran (blank: never ran):", *lines])
+
+
+def name_of(manager: object) -> str:
+    """Return what a message calls a manager."""
+    return str(getattr(getattr(manager, "gen", None) or type(manager), "__qualname__", "it"))
+
+
+SYNC_WAYS = tuple(sync_ways)
+ASYNC_WAYS = tuple(async_ways)
+
+
+# --- python contract.py some/file.py:subject ---
+
+
+def what_is_open() -> set[str]:
+    """Return the open descriptors and the threads of this process."""
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    found = {str(each) for each in threading.enumerate() if each.name != THREAD}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        with suppress(OSError):
+            found.add(f"descriptor {name}: {os.readlink(f'{folder}/{name}')}")
+    return found
+
+
+def make_subject(factory: Callable[[], Any]) -> Subject:
+    """Call the factory; for a bare manager, watch what was not open before the first one."""
+    made = factory()
+    if isinstance(made, Subject):
+        return made
+    before: list[set[str]] = []
+
+    def open_next() -> AnyManager:
+        if not before:
+            before.append(what_is_open())
+        return cast(AnyManager, factory())
+
+    def leaks() -> object:
+        return before and sorted(what_is_open() - before[0])
+
+    return Subject(open=open_next, leaks=leaks, visible=False)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Judge a manager from anywhere; return 0 if it keeps the contract, 1 if not, 2 if misused."""
+    file, _colon, name = (arguments or [""])[0].rpartition(":")
+    if len(arguments) != 1 or not Path(file).is_file():
+        print("usage: python contract.py some/file.py:subject", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    sys.modules["contract"] = sys.modules[__name__]  # the file imports the same Subject
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        print(f"{file} has no function {name!r}", file=sys.stderr)
+        return 2
+    make = functools.partial(make_subject, getattr(module, name))
+    failures = []
+    for each, found in verdicts(make, ways_for(make())):
+        mark, what = "✓", ""
+        if isinstance(found, Broken):
+            failures.append(found)
+            mark, what = "✗", found.what
+        elif found is not None:
+            mark, what = "-", f"not tried: {found}"
+        print(f"{mark} {each.__name__:<42} {what}".rstrip())
+    if failures:
+        print(f"\n{failures[0]}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,10 @@ import asyncio
 import contextvars
 import inspect
 import itertools
+import re
 import socket
+import subprocess
+import sys
 import threading
 import unittest
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -23,11 +26,14 @@ from contextlib import (
     nullcontext,
     suppress,
 )
+from pathlib import Path
 from typing import Any
 
+import anyio  # noqa: F401  # so that its cancel scopes are tried, too
 import contract
 import pytest
-from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way, check
+from conftest import load_chapter
+from contract import ASYNC_WAYS, SYNC_WAYS, Broken, Subject, Way, check
 
 # --- The resource ---
 
@@ -162,15 +168,15 @@ def subject_of(manager: Made) -> Subject:
     )
 
 
-def rejections(manager: Made, ways: tuple[Way, ...]) -> dict[str, str]:
+def rejections(manager: Made, ways: tuple[Way, ...]) -> dict[str, Broken]:
     """The names of the ways that reject the manager, with what they say."""
     found = {}
     for way in ways:
         try:
             # What a broken manager leaves set in a context variable is left in a copy.
             contextvars.copy_context().run(way, subject_of(manager))
-        except AssertionError as error:
-            found[way.__name__] = str(error)
+        except Broken as error:
+            found[way.__name__] = error
     return found
 
 
@@ -757,6 +763,7 @@ WAITING = "async_cancelled_while_it_waits"
 SERVED = "async_cancelled_just_as_it_is_served"
 AGAIN = "async_cancelled_again_while_it_cleans_up"
 TWICE = "async_cancelled_twice_anywhere"
+ANYIO = "async_cancelled_by_an_anyio_scope"  # cancels again at each turn, so swallowing is no use
 
 NOT_LEFT = {"async_never_entered", "async_set_up_fails"}
 
@@ -767,19 +774,19 @@ ASYNC_DEFECTS: dict[Made, set[str]] = {
     | ASYNC_LEFT_BY_ERROR_TOO
     | CANCELLED,
     async_except_exception: ASYNC_BY_MORE | CANCELLED,
-    async_swallowing_all: ASYNC_BY_ERRORS | {"async_generator_closed"} | CANCELLED,
-    async_swallowing_cancellation: {"async_raises_cancelled_error"} | CANCELLED,
-    AsyncTruthyExit: ASYNC_BY_ERRORS | {"async_generator_closed"} | CANCELLED,
+    async_swallowing_all: ASYNC_BY_ERRORS | {"async_generator_closed"} | CANCELLED - {ANYIO},
+    async_swallowing_cancellation: {"async_raises_cancelled_error"} | CANCELLED - {ANYIO},
+    AsyncTruthyExit: ASYNC_BY_ERRORS | {"async_generator_closed"} | CANCELLED - {ANYIO},
     async_wrapping_errors: {"async_raises_exception"} | ASYNC_LEFT_BY_ERROR_TOO,
-    renaming_cancellation: {"async_raises_cancelled_error"} | CANCELLED,
+    renaming_cancellation: {"async_raises_cancelled_error"} | CANCELLED - {ANYIO},
     AsyncLeakingHalfASetUp: {"async_set_up_fails", WAITING, SERVED, TWICE},
     HandlingOnlyExceptionsInSetUp: {WAITING, SERVED, TWICE},
     awaiting_between_acquiring_and_try: {WAITING, SERVED, TWICE},
     losing_what_was_granted: {SERVED},
     awaiting_in_finally: CANCELLED,
     shielding_without_waiting: CANCELLED - {SERVED},
-    shielding_once: {TWICE},
-    shielded_after_a_cancel_only: {AGAIN, TWICE},
+    shielding_once: {TWICE, ANYIO},
+    shielded_after_a_cancel_only: {AGAIN, TWICE, ANYIO},
     swallowing_a_cancel_of_its_cleanup: {WAITING, SERVED, TWICE},
     AsyncStoppingAtTheFirstFailure: {
         "async_clean_up_fails",
@@ -798,6 +805,10 @@ ASYNC_DEFECTS: dict[Made, set[str]] = {
 
 
 # --- The tests ---
+
+
+def async_way(name: str) -> Way:
+    return next(way for way in ASYNC_WAYS if way.__name__ == name)
 
 
 def name_of(value: object) -> str:
@@ -842,8 +853,8 @@ def test_each_way_rejects_some_broken_manager() -> None:
 def test_a_message_names_the_way_the_manager_the_await_and_the_leak() -> None:
     messages = rejections(awaiting_between_acquiring_and_try, ASYNC_WAYS)
     line = inspect.getsourcelines(awaiting_between_acquiring_and_try)[1] + 3
-    assert messages[WAITING] == (
-        f"{WAITING}: awaiting_between_acquiring_and_try left something behind when cancelled while"
+    assert messages[WAITING].what == (
+        f"awaiting_between_acquiring_and_try left something behind when cancelled while"
         f" it waited in its set-up, at {__file__}:{line} (await asyncio.sleep(0)):"
         " still taken: ['first', 'second']"
     )
@@ -857,7 +868,7 @@ def test_check_plays_all_ways_and_raises_every_failure_at_once() -> None:
         check(lambda: subject_of(stopping_at_the_first_failure))
     names = [str(error).split(":")[0] for error in raised.value.exceptions]
     assert names == ["clean_up_fails", "clean_up_fails_after_an_error"]
-    with pytest.raises(ExceptionGroup, match="4 of 19 ways out break it"):
+    with pytest.raises(ExceptionGroup, match="5 of 20 ways out break it"):
         check(lambda: subject_of(awaiting_in_finally))
 
 
@@ -868,7 +879,7 @@ def test_a_subject_whose_oracle_reports_a_leak_at_the_start_is_not_judged() -> N
 
 
 def test_a_way_that_the_subject_gives_no_means_to_try_is_skipped() -> None:
-    bare = Subject(open=nullcontext, leaks=bool, nestable=False, concurrent=False)
+    bare = Subject(open=nullcontext, leaks=bool, visible=False, nestable=False, concurrent=False)
     skipped = []
     for way in SYNC_WAYS:
         try:
@@ -887,29 +898,38 @@ def test_a_way_that_the_subject_gives_no_means_to_try_is_skipped() -> None:
 
 def test_what_a_subject_suppresses_on_purpose_may_be_swallowed() -> None:
     subject = Subject(
-        open=lambda: suppress(contract.Failure), leaks=bool, suppresses=(contract.Failure,)
+        open=lambda: suppress(contract.Failure),
+        leaks=bool,
+        visible=False,
+        suppresses=(contract.Failure,),
     )
     contract.raises_exception(subject)
     contract.raises_base_exception(subject)
 
 
 def test_a_value_without_closed_error_must_stay_usable() -> None:
-    contract.used_after_close(Subject(open=nullcontext, leaks=bool, use=lambda value: None))
-    subject = Subject(open=nullcontext, leaks=bool, use=lambda value: 1 / 0)
+    contract.used_after_close(
+        Subject(open=nullcontext, leaks=bool, visible=False, use=lambda value: None)
+    )
+    subject = Subject(open=nullcontext, leaks=bool, visible=False, use=lambda value: 1 / 0)
     with pytest.raises(AssertionError, match="used_after_close: ZeroDivisionError"):
         contract.used_after_close(subject)
 
 
 def test_the_wrong_kind_of_manager_is_told_which_ways_are_meant() -> None:
-    with pytest.raises(AssertionError, match=r"by_shielding has no __enter__.* ASYNC_WAYS meant"):
+    with pytest.raises(AssertionError, match="by_shielding is for ASYNC_WAYS"):
         contract.returns(subject_of(by_shielding))
-    with pytest.raises(AssertionError, match=r"by_finally has no __aenter__.* SYNC_WAYS meant"):
-        contract.async_returns(subject_of(by_finally))
+    with pytest.raises(AssertionError, match="by_finally is for SYNC_WAYS"):
+        async_way("async_returns")(subject_of(by_finally))
 
 
 def test_a_fault_that_does_not_strike_is_reported() -> None:
     subject = Subject(
-        open=nullcontext, leaks=bool, setup_faults=[nullcontext], cleanup_faults=[nullcontext]
+        open=nullcontext,
+        leaks=bool,
+        visible=False,
+        setup_faults=[nullcontext],
+        cleanup_faults=[nullcontext],
     )
     with pytest.raises(AssertionError, match=r"to fail under setup_faults\[0\], but was entered"):
         contract.set_up_fails(subject)
@@ -930,7 +950,7 @@ def test_blocks_that_wait_for_each_other_are_reported_and_do_not_hang(
     with pytest.raises(
         AssertionError, match=r"concurrent: TimeoutError.*4 blocks could not be open"
     ):
-        contract.async_concurrent(Subject(open=lambda: async_lock, leaks=async_lock.locked))
+        async_way("async_concurrent")(Subject(open=lambda: async_lock, leaks=async_lock.locked))
 
 
 def test_a_manager_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -952,9 +972,11 @@ def test_a_manager_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) 
             await asyncio.Event().wait()
 
     with pytest.raises(AssertionError, match="waiting_for_ever was cancelled at 5 awaits, and"):
-        contract.async_cancelled_while_it_waits(Subject(open=waiting_for_ever, leaks=bool))
+        contract.async_cancelled_while_it_waits(
+            Subject(open=waiting_for_ever, leaks=bool, visible=False)
+        )
     with pytest.raises(AssertionError, match=r"deaf did not end within 0.05 s when cancelled"):
-        contract.async_cancelled_while_it_waits(Subject(open=deaf, leaks=bool))
+        contract.async_cancelled_while_it_waits(Subject(open=deaf, leaks=bool, visible=False))
 
 
 def test_the_nth_await_is_the_same_one_however_long_it_waits_for_a_socket() -> None:
@@ -975,7 +997,177 @@ def test_the_nth_await_is_the_same_one_however_long_it_waits_for_a_socket() -> N
         awaits.append((nth, phase))
         return False
 
-    subject = Subject(open=conversation, leaks=bool)
+    subject = Subject(open=conversation, leaks=bool, visible=False)
     assert asyncio.run(contract.cancel(subject, never)) == 0
     assert awaits == [(0, "set-up"), (1, "body"), (2, "cleanup")]
     check(subject)
+
+
+# --- An oracle that sees ---
+
+
+@contextmanager
+def releasing_twice(shelf: Shelf) -> Iterator[Book]:
+    shelf.take_both()
+    try:
+        with open_book() as book:
+            yield book
+    finally:
+        shelf.taken.clear()
+
+
+def test_an_inner_block_that_releases_what_the_outer_one_holds_is_rejected() -> None:
+    subject = Subject(open=lambda: releasing_twice(shelf), leaks=lambda: shelf.taken)
+    shelf = Shelf()
+    with pytest.raises(Broken, match="after an inner block `leaks` sees nothing"):
+        contract.nested(subject)
+
+
+def test_a_blind_oracle_is_rejected() -> None:
+    shelf = Shelf()
+    with pytest.raises(Broken, match="is open, and `leaks` sees nothing") as raised:
+        contract.returns(Subject(open=lambda: by_finally(shelf), leaks=lambda: None))
+    assert "visible=False" in raised.value.remedy
+
+
+def test_a_cancellation_that_is_undone_by_uncancel_is_rejected() -> None:
+    @asynccontextmanager
+    async def undoing() -> AsyncIterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            raise
+
+    with pytest.raises(Broken, match=r"undid the cancellation by uncancel\(\) when cancelled"):
+        contract.async_cancelled_while_it_waits(Subject(open=undoing, leaks=bool, visible=False))
+
+
+# --- No way hangs ---
+
+
+def test_a_lock_that_is_not_nestable_is_reported_and_does_not_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(contract, "PATIENCE", 0.05)
+    lock = threading.Lock()
+    with pytest.raises(Broken, match=r"lock did not end within 0\.05 s") as raised:
+        contract.nested(Subject(open=lambda: lock, leaks=lock.locked))
+    assert "nestable=False" in raised.value.remedy
+    assert not lock.locked()
+
+
+def test_a_cleanup_that_hangs_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tasks_may_be_abandoned: None
+) -> None:
+    monkeypatch.setattr(contract, "PATIENCE", 0.05)
+
+    @contextmanager
+    def hanging() -> Iterator[None]:
+        yield
+        threading.Event().wait()
+
+    @asynccontextmanager
+    async def async_hanging() -> AsyncIterator[None]:
+        yield
+        await asyncio.Event().wait()
+
+    with pytest.raises(Broken, match=r"hanging did not end within 0\.05 s"):
+        contract.returns(Subject(open=hanging, leaks=bool, visible=False))
+    with pytest.raises(Broken, match=r"async_hanging did not end within 0\.05 s"):
+        async_way("async_returns")(Subject(open=async_hanging, leaks=bool, visible=False))
+
+
+# --- Faults, words and the path ---
+
+
+def test_a_fault_that_comes_out_as_another_error_is_reported() -> None:
+    shelf = Shelf()
+
+    @contextmanager
+    def stuck() -> Iterator[type[Exception]]:
+        with shelf.sticks("take second"):
+            yield LookupError
+
+    subject = Subject(
+        open=lambda: by_finally(shelf), leaks=shelf.leaks, setup_faults=[stuck], cleanup_faults="no"
+    )
+    with pytest.raises(Broken, match="not by its <class 'LookupError'>: OSError"):
+        contract.set_up_fails(subject)
+    with pytest.raises(unittest.SkipTest, match="no"):
+        contract.clean_up_fails(subject)
+
+
+def test_a_failure_shows_the_path_that_ran_and_a_remedy() -> None:
+    broken = rejections(without_finally, SYNC_WAYS)["raises_exception"]
+    *_before, raised, never_ran = broken.path.splitlines()
+    assert raised.split() == ["3", "yield", "book"]
+    assert never_ran.strip() == "shelf.give_back_both()"
+    assert "`finally`" in broken.remedy
+
+
+def test_a_remedy_names_a_demo_that_exists() -> None:
+    remedies = [value for value in vars(contract).values() if "(chapter" in str(value)]
+    places = {(int(n), int(demo)) for text in remedies for n, demo in PLACE.findall(str(text))}
+    assert len(places) > 5
+    for number, demo in places:
+        assert demo <= len(load_chapter(number).DEMOS)
+
+
+PLACE = re.compile(r"\(chapter (\d+), demo (\d+)\)")
+
+
+def test_a_debuggers_trace_function_is_left_alone() -> None:
+    def tracer(frame: object, event: str, argument: object) -> None: ...
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        contract.returns(subject_of(by_finally))
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+
+
+# --- From the command line ---
+
+FILE = """
+from contextlib import contextmanager
+from contract import Subject
+held = []
+@contextmanager
+def careful():
+    held.append(1)
+    try:
+        yield
+    finally:
+        held.pop()
+@contextmanager
+def careless():
+    held.append(open(__file__))
+    yield
+    held.pop().close()
+def subject():
+    return Subject(open=careful, leaks=lambda: held)
+"""
+
+
+def judge_file(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    file = folder / "mine.py"
+    file.write_text(FILE)
+    command = [sys.executable, contract.__file__, f"{file}:{name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_manager_from_anywhere_is_judged_from_the_command_line(tmp_path: Path) -> None:
+    ended = judge_file(tmp_path, "subject")
+    assert ended.returncode == 0, ended.stderr
+    assert "✓ nested" in ended.stdout
+    assert "- set_up_fails" in ended.stdout
+    ended = judge_file(tmp_path, "careless")
+    assert ended.returncode == 1, ended.stderr
+    (line,) = (line for line in ended.stdout.splitlines() if line.startswith("✗ raises_exception"))
+    assert "mine.py" in line
+    assert judge_file(tmp_path, "").returncode == 2
