@@ -1,109 +1,95 @@
-"""The solutions of the exercises: each is judged by what judges the learner's answer."""
+"""The exercises: the shipped file fails, the solution passes, each wrong answer is told its cause.
+
+A wrong answer is what a learner may well write. They stand in `wrong_answers/`, one file a
+chapter; each has the words that its report must say.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import unittest
+import re
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
+import judging
 import pytest
 from conftest import ROOT
-from contract import SYNC_WAYS, Subject
+
+FILES = sorted((ROOT / "exercises").glob("ex_*.py"))
+WRONG = Path(__file__).parent / "wrong_answers"
+TASKS = {task.id: task for file in FILES for task in judging.tasks_of(file.stem)}
 
 
-def load_solution(name: str) -> ModuleType:
-    path = ROOT / "exercises" / "solutions" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"solution_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+class WrongAnswer(NamedTuple):
+    """An answer that a learner may well write."""
+
+    task: str
+    title: str
+    called: str  # in the report: what was called
+    says: str  # in the report: what happened instead
+    code: str
 
 
-# --- 01, capstone: a complete contextmanager ---
-
-solution: Any = load_solution("ex_01_basic_concepts")
-
-
-def cpython_tests() -> list[str]:
-    """The names of CPython's own tests; none if a distribution leaves them out."""
-    try:
-        suite = importlib.import_module("test.test_contextlib")
-    except ImportError:
-        return []
-    return list(unittest.defaultTestLoader.getTestCaseNames(suite.ContextManagerTestCase))
+def wrong_answers() -> Iterator[WrongAnswer]:
+    """Yield those of every chapter."""
+    cell = re.compile(r"# %% (\d) (.+)\n# called: (.+)\n# says: (.+)\n((?:(?!# %%).*\n)+)")
+    for file in sorted(WRONG.glob("*.py")):
+        for number, title, called, says, code in cell.findall(file.read_text() + "\n"):
+            yield WrongAnswer(f"{file.name[:2]}.{number}", title, called, says, code)
 
 
-def run_cpython_tests(decorator: object, names: list[str]) -> unittest.TestResult:
-    """Run CPython's tests of `contextlib.contextmanager` on another decorator."""
-    suite = importlib.import_module("test.test_contextlib")
-    result = unittest.TestResult()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "contextmanager", decorator)
-        for name in names:
-            suite.ContextManagerTestCase(name).run(result)
-    return result
+WRONG_ANSWERS = list(wrong_answers())
 
 
-@pytest.mark.skipif(not cpython_tests(), reason="this Python comes without its test package")
-@pytest.mark.parametrize("name", cpython_tests())
-def test_the_complete_contextmanager_passes_cpythons_test(name: str) -> None:
-    result = run_cpython_tests(solution.contextmanager_from_scratch, [name])
-    assert (result.testsRun, result.skipped) == (1, [])
-    assert result.errors + result.failures == []
+def shipped(task: judging.Task) -> Path:
+    """Return the file in which the learner solves a task."""
+    (file,) = (ROOT / "exercises").glob(f"ex_{task.id[:2]}_*.py")
+    return file
 
 
-@pytest.mark.skipif(not cpython_tests(), reason="this Python comes without its test package")
-def test_cpythons_tests_reject_a_broken_decorator() -> None:
-    result = run_cpython_tests(lambda function: function, cpython_tests())
-    assert len(result.errors + result.failures) > 10
+def solution(task: judging.Task) -> Path:
+    """Return the file of its solution."""
+    return ROOT / "exercises" / "solutions" / shipped(task).name
 
 
-def test_only_the_stop_iteration_that_python_wrapped_is_unwrapped() -> None:
-    @solution.contextmanager_from_scratch
-    def translating() -> Iterator[None]:
-        try:
-            yield
-        except StopIteration as error:
-            raise LookupError("exhausted") from error
-
-    with pytest.raises(LookupError, match="exhausted"), translating():
-        raise StopIteration
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_as_shipped_it_fails_and_says_why(task: judging.Task) -> None:
+    report = judging.judge(task, shipped(task))
+    assert not report.solved
+    assert report.called
+    assert report.expected
+    assert report.happened
+    assert " raise" in report.path or "1" in report.path
 
 
-def test_a_generator_with_a_second_yield_is_closed() -> None:
-    closed: list[bool] = []
-
-    @solution.contextmanager_from_scratch
-    def twice() -> Iterator[None]:
-        try:
-            yield
-            yield
-        finally:
-            closed.append(True)
-
-    with pytest.raises(RuntimeError, match="generator didn't stop: it has a second yield"), twice():
-        pass
-    assert closed == [True]
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_its_solution_passes(task: judging.Task) -> None:
+    report = judging.judge(task, solution(task))
+    assert report.solved, report
 
 
-@pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
-def test_its_managers_keep_the_cleanup_contract(way: Any) -> None:
-    held: list[object] = []
+@pytest.mark.parametrize("wrong", WRONG_ANSWERS, ids=lambda wrong: f"{wrong.task} {wrong.title}")
+def test_a_wrong_answer_is_told_its_cause(wrong: WrongAnswer, tmp_path: Path) -> None:
+    task = TASKS[wrong.task]
+    answer = tmp_path / "answer.py"
+    answer.write_text(solution(task).read_text() + "\n\n" + wrong.code)
+    report = judging.judge(task, answer)
+    assert not report.solved
+    assert wrong.called in report.called
+    assert wrong.says in report.happened
 
-    @solution.contextmanager_from_scratch
-    def hold() -> Iterator[object]:
-        token = object()
-        held.append(token)
-        try:
-            yield token
-        finally:
-            held.remove(token)
 
-    way(Subject(open=hold, leaks=lambda: held))
+def test_every_task_has_two_wrong_answers_or_more() -> None:
+    counts = {name: sum(wrong.task == name for wrong in WRONG_ANSWERS) for name in TASKS}
+    print(f"{len(TASKS)} tasks, {len(WRONG_ANSWERS)} wrong answers tried")
+    assert min(counts.values()) >= 2, counts
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_its_hints_say_something(task: judging.Task) -> None:
+    assert len(task.hint) > 20
+    assert len(task.strong_hint) > len(task.hint) // 2
+    assert task.hint != task.strong_hint
+    assert re.search(r"\b0\d_\w+\.(py|md)", task.lesson)
+    for name in re.findall(r"\b0\d_\w+\.(?:py|md)", task.lesson):
+        assert (ROOT / name).exists()

@@ -15,12 +15,14 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
+import judging
 import pytest
 from conftest import ROOT
 from contract import SYNC_WAYS, Subject, Way
-from test_exercises import load_solution
 
-solution: Any = load_solution("ex_05_nested_managers")
+solution: Any = judging.load(
+    ROOT / "exercises" / "solutions" / "ex_05_nested_managers.py", "solution_05"
+)
 
 
 class FakeClock:

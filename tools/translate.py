@@ -7,9 +7,10 @@
 
 Scripts: each text that a script shows has an entry in locale/zh_CN/LC_MESSAGES/workshop.po:
 its module docstring, the lessons (docstrings of `demo_...` functions), `KEY_POINTS` and every
-`_("...")`. Translate the entries that are empty. An entry marked `#, fuzzy` translates an older
-English, which `#| msgid` keeps: update the Chinese, then delete the line `#, fuzzy`.
-Put a paragraph on one line, because the scripts wrap it to the width of the terminal.
+`_("...")`. So has each text of the exercises: the tasks, and what their judges say.
+Translate the entries that are empty. An entry marked `#, fuzzy` translates an older English, which
+`#| msgid` keeps: update the Chinese, then delete the line `#, fuzzy`. Put a paragraph on one line,
+because the scripts wrap it to the width of the terminal.
 
 Pages: `<!-- en: 1a2b3c4d -->` below a Chinese heading is a hash of the English section. If the
 English changes, update the Chinese, then `--accept` it by its English HEADING.
@@ -68,12 +69,14 @@ def collect(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Return every text with the scripts that show it, in reading order, and what is wrong."""
     places: dict[str, list[str]] = {}
     problems = []
-    for script in sorted(root.glob("0*.py")):
+    numbered = sorted(root.glob("0*.py"))
+    exercises = sorted(root.glob("exercises/*.py")) + sorted(root.glob("exercises/judges/*.py"))
+    for script in numbered + exercises:
         try:
             tree = ast.parse(script.read_text(encoding="utf-8"))
         except SyntaxError as error:
             raise SystemExit(f"{script.name}:{error.lineno}: {error.msg}; nothing done") from error
-        for text, line in texts(tree):
+        for text, line in texts(tree) if script in numbered else exercise_texts(script.name, tree):
             if text is None:
                 problems.append(f"{script.name}:{line}: write one literal, then .format() it")
             elif script.name not in places.setdefault(text, []):
@@ -81,6 +84,18 @@ def collect(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     for text in ARGPARSE:
         places.setdefault(text, []).append("argparse")
     return places, problems
+
+
+def exercise_texts(name: str, tree: ast.Module) -> Iterator[tuple[str | None, int]]:
+    """Yield what an exercise asks for (docstrings that have a title), and what its judge says."""
+    for node in tree.body:
+        if name.startswith("ex_") and isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ):
+            task = ast.get_docstring(node) or ""
+            if "\n\n" in task:
+                yield task, node.lineno
+        yield from texts(node)
 
 
 def texts(node: ast.AST) -> Iterator[tuple[str | None, int]]:

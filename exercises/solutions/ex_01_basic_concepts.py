@@ -1,19 +1,63 @@
-"""Solution of the capstone of chapter 01: your own `contextmanager`, complete.
-
-It passes all tests that CPython has for `contextlib.contextmanager`, its ContextManagerTestCase.
-Chapter 01 shows the short version; this one adds what that one lacks: errors that name the
-mistake, a StopIteration that stays one, clean tracebacks, and use as a decorator.
-"""
+"""Solutions of the exercises of chapter 01, and why they are right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# --- 1 · bug ---
+
+
+@contextmanager
+def maintenance(flags: MutableMapping[str, bool]) -> Iterator[None]:
+    """Close the site for a block.
+
+    `finally` runs however the block ends; `except Exception` would miss Ctrl-C. The old value is
+    restored, not False, because an inner block must not open the site for the outer one.
+    """
+    before = flags.get("maintenance", False)
+    flags["maintenance"] = True
+    try:
+        yield
+    finally:
+        flags["maintenance"] = before
+
+
+# --- 2 · task ---
+
+
+@contextmanager
+def environment(**changes: str | None) -> Iterator[None]:
+    """Change environment variables for a block; None removes one.
+
+    The changes stand inside the `try`, because the second one may fail after the first one. A
+    name that was absent is removed again: restoring None would be an error, and "" is not absent.
+    """
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        put(changes)
+        yield
+    finally:
+        put(before)
+
+
+def put(values: Mapping[str, str | None]) -> None:
+    """Set environment variables; None removes one."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+# --- 3 · capstone ---
 
 
 class GeneratorManager(Generic[T]):
@@ -72,10 +116,15 @@ class GeneratorManager(Generic[T]):
         return inside
 
 
-def contextmanager_from_scratch(
+def my_contextmanager(
     function: Callable[P, Iterator[T]],
 ) -> Callable[P, GeneratorManager[T]]:
-    """Turn a generator function with one `yield` into a context manager, as contextlib does."""
+    """Turn a generator function with one `yield` into a context manager, as contextlib does.
+
+    The manager keeps the recipe, not only the generator, so that a decorated function gets a new
+    generator at each call. An exception that the generator raises again is left to `with`, so
+    that its traceback and its identity stay; only a new one comes from here.
+    """
 
     @wraps(function)
     def manager(*args: P.args, **kwargs: P.kwargs) -> GeneratorManager[T]:
