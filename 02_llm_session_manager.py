@@ -49,7 +49,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
-from datetime import datetime
 from decimal import Decimal
 from enum import Enum
 from functools import partial
@@ -69,6 +68,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 Message = dict[str, str]
+Pieces = Generator[str, None, None]
 EXACT = decimal.Context(prec=50)  # for money, whatever precision the caller works with
 logger = logging.getLogger("workshop.session")
 
@@ -97,20 +97,15 @@ class SessionState(Enum):
 
 @dataclass(frozen=True)
 class Usage:
-    """Calls of the API and their tokens. Cached input is a part of the input.
+    """Calls and their tokens. Cached input is a part of the input.
 
-    A call that the client had to retry counts once. Raises ValueError if a count is impossible.
+    A call counts once, even if the client had to retry it or if it failed.
     """
 
     requests: int = 0
     input_tokens: int = 0
     cached_input_tokens: int = 0
     output_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        integers = [type(count) is int and 0 <= count < 2**63 for count in astuple(self)]
-        if not all(integers) or self.cached_input_tokens > self.input_tokens:
-            raise ValueError(f"impossible: {self}")
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -124,22 +119,17 @@ class Usage:
 Price = Callable[[Usage], Decimal]  # returns US dollars
 
 
-def list_price(usage: Usage, model: str, at: datetime | None = None) -> Decimal:
-    """Return the list price, by genai-prices, on the day `at` (default: today).
-
-    Raises LookupError if the list does not have the model.
-    """
+def list_price(usage: Usage, model: str) -> Decimal:
+    """Return today's list price, by genai-prices. Raises LookupError if it has no such model."""
     counts = genai_prices.Usage(
         input_tokens=usage.input_tokens,
         cache_read_tokens=usage.cached_input_tokens,
         output_tokens=usage.output_tokens,
     )
     try:
-        with decimal.localcontext(EXACT):
-            found = calc_price(counts, model, provider_id="openai", genai_request_timestamp=at)
+        return calc_price(counts, model, provider_id="openai").total_price
     except LookupError:
         raise LookupError(f"the price of {model!r} is unknown: pass price=...") from None
-    return found.total_price
 
 
 def cost_of(usage: Usage, price: Price) -> Decimal:
@@ -222,12 +212,12 @@ def count_tokens(messages: Iterable[Mapping[str, str]], model: str) -> int:
 
 APPLICATION_ID = int.from_bytes(b"LLMs")  # marks an SQLite file as our journal
 SET_UP = f"""
-    PRAGMA synchronous = EXTRA;
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS turns (session, number, prompt, reply, requests, input_tokens,
         cached_input_tokens, output_tokens, cost, UNIQUE (session, number));
     PRAGMA application_id = {APPLICATION_ID};
     COMMIT;"""
+INSERT = "INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @contextmanager
@@ -240,23 +230,24 @@ def open_journal(path: str | Path) -> Iterator[sqlite3.Connection]:
         try:
             journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             stack.enter_context(closing(journal))
-            check_journal(journal, Path(path))
-            journal.executescript(SET_UP)
+            prepare(journal, Path(path))
         except sqlite3.Error as error:
             raise JournalError(f"{path} cannot be used: {error}") from error
         yield journal
 
 
-def check_journal(journal: sqlite3.Connection, path: Path) -> None:
-    """Raise JournalError or sqlite3.Error unless the file is new, empty or a sound journal."""
+def prepare(journal: sqlite3.Connection, path: Path) -> None:
+    """Check an old journal, or set up a new one."""
     application_id = "PRAGMA application_id"
     journal.execute(application_id)  # subtle: undo first what a killed process left half written
-    written = path.exists() and path.stat().st_size > 0
-    if written and journal.execute(application_id).fetchone() != (APPLICATION_ID,):
+    if not path.exists() or path.stat().st_size == 0:
+        journal.executescript(SET_UP)
+    elif journal.execute(application_id).fetchone() != (APPLICATION_ID,):
         raise JournalError(f"{path} is not a journal of sessions: choose another file")
     checked = journal.execute("PRAGMA quick_check").fetchone()
     if checked != ("ok",):
         raise sqlite3.DatabaseError(*checked)
+    journal.execute("PRAGMA synchronous = EXTRA")
 
 
 @dataclass
@@ -271,7 +262,7 @@ class Turn:
     finished: bool = False
     reported: Usage | None = None  # by the API
     cost: Decimal = Decimal(0)
-    kept: bool = False
+    recorded: bool = False
 
     @property
     def usage(self) -> Usage:
@@ -292,15 +283,14 @@ class Turn:
                 if not choice.index:  # with n=2, keep the first answer
                     texts = texts_of(getattr(choice, "delta", None) or choice.message)
                     text = "".join(texts)
+                    text.encode()  # raises ValueError if no file could store it
                     self.texts += texts
                     self.finished = self.finished or bool(choice.finish_reason)
-            if usage := part.usage:
-                details = usage.prompt_tokens_details
-                cached = (details and details.cached_tokens) or 0
-                self.reported = Usage(1, usage.prompt_tokens, cached, usage.completion_tokens)
+            if part.usage:
+                self.reported = usage_of(part.usage)
         except (AttributeError, TypeError, ValueError) as problem:
             sent = str(getattr(part, "error", None) or part)
-            raise AnswerError(f"not a chat completion: {sent[:200]} ({problem})") from problem
+            raise AnswerError(f"not a chat completion: {sent[:200]!r} ({problem})") from problem
         return text
 
     def check_whole(self) -> None:
@@ -317,10 +307,23 @@ def texts_of(said: Any) -> list[str]:
     return [text for text in texts if text is not None]
 
 
-def parts_of(create: Callable[..., Any], **request: Any) -> Generator[Any, None, None]:
+def usage_of(reported: Any) -> Usage:
+    """Return the usage that the API reports. Raises ValueError if a count is impossible."""
+    details = reported.prompt_tokens_details
+    cached = (details and details.cached_tokens) or 0
+    usage = Usage(1, reported.prompt_tokens, cached, reported.completion_tokens)
+    counts = astuple(usage)
+    possible = all(type(count) is int and 0 <= count < 10**12 for count in counts)
+    if not possible or cached > usage.input_tokens:
+        raise ValueError(f"impossible: {usage}")
+    return usage
+
+
+def parts_of(client: OpenAI, turn: Turn, options: dict[str, Any]) -> Generator[Any, None, None]:
     """Call the API. Yield the completion, or the chunks of the stream, and close the stream."""
+    create: Any = client.chat.completions.create
     try:
-        answer = create(**request)
+        answer = create(model=turn.model, messages=turn.messages, **options)
         if not isinstance(answer, Stream):
             yield answer
             return
@@ -345,13 +348,13 @@ def redact(error: OpenAIError, key: str) -> None:
 
 @dataclass(eq=False, repr=False)
 class LLMSession:
-    """A conversation whose turns are transactions: it holds a turn as a whole, or not at all.
+    """A conversation whose turns are transactions: it keeps a whole turn, or nothing of it.
 
     `usage` and `cost` (US dollars) include what failed turns were billed. Threads may share a
     session, but one turn runs at a time: a second one raises RuntimeError.
 
-    If the block ends while another thread is in a turn, the block does not wait, and does not
-    interrupt it. That turn is not recorded, and ends with SessionClosedError.
+    If the block ends while another thread is in a turn, the block does not wait for it. That turn
+    is not recorded, and ends with SessionClosedError.
     """
 
     name: str
@@ -365,25 +368,27 @@ class LLMSession:
     usage: Usage = Usage()
     cost: Decimal = Decimal(0)
     _messages: list[Message] = field(default_factory=list)
-    _tokens: int = 0  # of a request with _messages; a running sum, so that no text is counted twice
-    _in_turn: threading.Lock = field(default_factory=threading.Lock)
-    # Held while a row is written and while the block ends. subtle: a plain lock would block
-    # forever if the garbage collector closed an abandoned stream in here.
-    _recording: threading.RLock = field(default_factory=threading.RLock)
-    _stream: Generator[str, None, None] | None = None
+    _in_turn: bool = False
+    _stream: Pieces | None = None
+    # subtle: a plain lock would block forever if the garbage collector closed a stream inside it.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         """Load the conversation that the journal has under this name."""
         if self.system is not None:
             self._messages.append(message("system", self.system))
         query = "SELECT * FROM turns WHERE session = ? ORDER BY rowid"
-        for row in self.journal.execute(query, (self.name,)):
-            _session, _number, prompt, reply, *counts, cost = row
-            self.usage += Usage(*counts)
-            self.cost = EXACT.add(self.cost, Decimal(cost))
-            if reply is not None:
-                self._messages += [message("user", prompt), message("assistant", reply)]
-        self._tokens = count_tokens(self._messages, self.model)
+        try:
+            for row in self.journal.execute(query, (self.name,)):
+                _session, number, prompt, reply, *counts, cost = row
+                self.usage += Usage(*counts)
+                self.cost = EXACT.add(self.cost, Decimal(cost))
+                if number is not None:  # it was not rolled back
+                    self._messages += [message("user", prompt), message("assistant", reply)]
+            count_tokens(self._messages, self.model)  # raises TypeError if a text is not text
+        except (sqlite3.Error, ArithmeticError, TypeError, ValueError) as error:
+            problem = f"session {self.name!r} is damaged in the journal: {error!r}"
+            raise JournalError(problem) from error
 
     @property
     def messages(self) -> list[Message]:
@@ -393,101 +398,88 @@ class LLMSession:
     def ask(self, prompt: str, **options: Any) -> str:
         """Return the reply to `prompt`. Options such as `temperature` go to the API.
 
-        Raises ContextWindowError before anything is sent, whatever the client raises after its
-        last retry, AnswerError, and JournalError if another session wrote this turn. A refusal
-        is a reply, and so is a call of a tool (as text): its name and arguments.
+        A refusal is a reply, and so is a call of a tool: its name and arguments, as text. Raises
+        ContextWindowError, AnswerError, JournalError if another session wrote this turn, and what
+        the client raises after its last retry.
         """
-        return "".join(self._reply(prompt, **options))
+        return "".join(self._reply(prompt, options))
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Yield the reply to `prompt` in pieces. If you do not read to its end, roll it back."""
+        """Yield the reply to `prompt` in pieces. Roll the turn back if you do not read them all."""
         options = {"stream": True, "stream_options": {"include_usage": True}} | options
-        with closing(self._reply(prompt, **options)) as pieces:
+        with closing(self._reply(prompt, options)) as pieces:
             for piece in pieces:
                 self._stream = pieces  # the end of the block closes it
                 yield piece
-        self._check_open()
+        if self._stream is pieces:
+            self._check_open()  # the end of the block closed it
 
-    def _reply(self, prompt: str, **options: Any) -> Generator[str, None, None]:
-        create = self.client.chat.completions.create
+    def _reply(self, prompt: str, options: dict[str, Any]) -> Pieces:
         with self._turn(prompt) as turn:
-            request = {"model": self.model, "messages": turn.messages}
-            with closing(parts_of(create, **request, **options)) as parts:
+            with closing(parts_of(self.client, turn, options)) as parts:
                 for part in parts:
                     if text := turn.take(part):
                         yield text
             turn.check_whole()
+            self._stream = None  # it was read to its end
 
     @contextmanager
     def _turn(self, prompt: str) -> Iterator[Turn]:
         """Commit a turn if the block ends well, and roll it back if it raises. Bill it anyway."""
         with self._one_at_a_time():
-            turn = self._begin(message("user", prompt))
+            turn = self._begin(prompt)
             try:
                 yield turn
-                self._commit(turn)
+                self._record(turn, turn.number)
             except BaseException as error:
                 self._roll_back(turn, error)
                 raise
-            finally:
-                self.usage += turn.usage
-                self.cost = EXACT.add(self.cost, turn.cost)
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        self._check_open()
-        if not self._in_turn.acquire(blocking=False):
-            raise RuntimeError(f"session {self.name!r} is in a turn: finish or close its stream")
+        taken = False
+        # subtle: inside the `try`. Ctrl-C between the two would leave the session in a turn.
         try:
+            with self._lock:
+                self._check_open()
+                if self._in_turn:
+                    problem = "is in a turn: finish or close its stream"
+                    raise RuntimeError(f"session {self.name!r} {problem}")
+                self._in_turn = taken = True
             yield
         finally:
-            self._in_turn.release()
+            if taken:
+                self._in_turn = False
 
     def _check_open(self) -> None:
         if self.state is not SessionState.OPEN:
             ended = f"session {self.name!r} has ended ({self.state.value})"
             raise SessionClosedError(f"{ended}: open it again with llm_session()")
 
-    def _begin(self, question: Message) -> Turn:
-        tokens = self._tokens + count_tokens([question], self.model) - REPLY_TOKENS
+    def _begin(self, prompt: str) -> Turn:
+        messages = [*self._messages, message("user", prompt)]
+        tokens = count_tokens(messages, self.model)
         if self.max_input_tokens is not None and tokens > self.max_input_tokens:
             raise ContextWindowError(
                 f"session {self.name!r} would send {tokens} tokens, but max_input_tokens is"
                 f" {self.max_input_tokens}: ask something shorter, or begin a new session"
             )
-        number = len(self._messages) // 2 + 1
-        return Turn(number, self.model, [*self._messages, question], tokens)
-
-    def _commit(self, turn: Turn) -> None:
-        """Write the turn to the journal, then add it to the conversation."""
-        question, reply = turn.messages[-1]["content"], "".join(turn.texts)
-        with self._recording:
-            self._check_open()
-            rows = self.journal.total_changes
-            try:
-                self._write(turn, turn.number, question, reply)
-            except sqlite3.IntegrityError as error:
-                problem = "another session already wrote this turn: open the session again"
-                raise JournalError(problem) from error
-            finally:
-                # subtle: Ctrl-C can raise after the row is written, but before `execute` returns.
-                if self.journal.total_changes > rows:
-                    self._messages = [*turn.messages, message("assistant", reply)]
-                    added = count_tokens(self._messages[-1:], self.model) - REPLY_TOKENS
-                    self._tokens = turn.input_tokens + added
-                    turn.kept = True
+        number = (len(messages) + 1) // 2
+        return Turn(number, self.model, messages, tokens)
 
     def _roll_back(self, turn: Turn, error: BaseException) -> None:
         """Leave the conversation as it is, record the cost, and add a note to the error."""
         note = f"Session {self.name!r}, turn {turn.number}: "
-        if turn.kept:
+        if turn.recorded:
             error.add_note(note + "complete and kept.")
             return
         note += f"rolled back, {turn.usage.output_tokens} output token(s) billed."
         try:
-            self._write(turn, None, None, None)
+            self._record(turn, None)
         except Exception as unwritten:
             note += f" The journal does not have this: {unwritten}."
+            self.usage += turn.usage
+            self.cost = EXACT.add(self.cost, turn.cost)
         error.add_note(note)
         logger.info("%s", note)
         if isinstance(error, OpenAIError):
@@ -495,13 +487,30 @@ class LLMSession:
         if isinstance(error, Exception) and not isinstance(error, SessionClosedError):
             self._check_open()  # the end of the block may have closed the client under the turn
 
-    def _write(self, turn: Turn, *said: int | str | None) -> None:
-        """Write a row: of a turn, or of the cost of one that was rolled back."""
+    def _record(self, turn: Turn, number: int | None) -> None:
+        """Write a row, and update the session: both, or neither.
+
+        A turn that is rolled back has no number: its row only keeps the cost.
+        """
+        question, reply = turn.messages[-1], message("assistant", "".join(turn.texts))
         turn.cost = cost_of(turn.usage, self.price)
-        row = (self.name, *said, *astuple(turn.usage), str(turn.cost))
-        with self._recording:
+        row = (self.name, number, question["content"], reply["content"], *astuple(turn.usage))
+        messages = self._messages if number is None else [*turn.messages, reply]
+        updated = messages, self.usage + turn.usage, EXACT.add(self.cost, turn.cost)
+        with self._lock:
             self._check_open()
-            self.journal.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            rows = self.journal.total_changes
+            try:
+                self.journal.execute(INSERT, (*row, str(turn.cost)))
+            except sqlite3.IntegrityError as error:
+                problem = "another session already wrote this turn: open the session again"
+                raise JournalError(problem) from error
+            finally:
+                # subtle: Ctrl-C can raise after the row is written, but before `execute` returns.
+                # These lines call nothing, so a second Ctrl-C cannot strike between them.
+                if self.journal.total_changes > rows:
+                    self._messages, self.usage, self.cost = updated
+                    turn.recorded = True
 
     def _end(self, state: SessionState) -> None:
         """End the session and the stream that is open, if any."""
@@ -512,7 +521,7 @@ class LLMSession:
             if str(error) != "generator already executing":  # another thread is reading it
                 raise
         finally:
-            with self._recording:
+            with self._lock:  # wait for a row that another thread is writing
                 self.state = state
 
 
@@ -542,12 +551,12 @@ def llm_session(
     with borrowed_or_own(client) as client, open_journal(journal or ":memory:") as rows:
         check_key(client.api_key)
         session = LLMSession(name, model, client, price, rows, max_input_tokens, system)
+        state = SessionState.FAILED
         try:
             yield session
-        except BaseException:
-            session._end(SessionState.FAILED)
-            raise
-        session._end(SessionState.CLOSED)
+            state = SessionState.CLOSED
+        finally:
+            session._end(state)
 
 
 @contextmanager
@@ -598,28 +607,23 @@ def stand_in_answer(asked: dict[str, Any]) -> httpx2.Response:
     messages, model = asked["messages"], asked["model"]
     first_line = messages[-1]["content"].partition("\n")[0]
     text = f"Stand-in reply to {first_line[:40]!r}."
-    known = count_tokens(messages[:-2], model) - REPLY_TOKENS  # as if sent a moment ago
-    # In steps of 128, from 1,024 tokens on: platform.openai.com/docs/guides/prompt-caching
-    cached = known // 128 * 128 if known >= 1024 else 0
-    usage = {
-        "prompt_tokens": count_tokens(messages, model),
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens": len(encoding_for(model).encode_ordinary(text)),
-    }
+    prompt_tokens = count_tokens(messages, model)
+    completion_tokens = len(encoding_for(model).encode_ordinary(text))
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     if not asked.get("stream"):
         choice = {"message": message("assistant", text), "finish_reason": "stop"}
         return httpx2.Response(200, json={"choices": [choice], "usage": usage})
-    choices: list[Any] = [{"delta": {"content": word}} for word in re.findall(r"\S+\s*", text)]
-    choices.append({"delta": {}, "finish_reason": "stop"})
-    chunks: list[Any] = [{"choices": [choice], "usage": None} for choice in choices]
-    if asked.get("stream_options", {}).get("include_usage"):
+    words = re.findall(r"\S+\s*", text)
+    return story(*words, finish_reason="stop", usage=asked.get("stream_options") and usage)
+
+
+def story(*words: str, finish_reason: str | None = None, usage: object = None) -> httpx2.Response:
+    """Return a stream of words. The last one has the `finish_reason`; the usage comes after it."""
+    chunks: list[Any] = [{"choices": [{"delta": {"content": word}}]} for word in words]
+    chunks[-1]["choices"][0]["finish_reason"] = finish_reason
+    if usage is not None:
         chunks.append({"choices": [], "usage": usage})
-    lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
-    return event_stream(lines)
-
-
-def event_stream(lines: Iterable[str]) -> httpx2.Response:
-    events = (f"data: {line}\n\n".encode() for line in lines)
+    events = (f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks)
     return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=events)
 
 
@@ -634,10 +638,6 @@ SOURCE = Path(contextlib.__file__).read_text(encoding="utf-8")
 live = False  # --live
 
 
-def show_status(response: httpx2.Response) -> None:
-    say(f"HTTP {response.status_code} {response.reason_phrase}")
-
-
 def outcome(call: Callable[[], object]) -> str:
     """Return what a call returns, or its exception with the notes."""
     try:
@@ -647,11 +647,11 @@ def outcome(call: Callable[[], object]) -> str:
         return f"{type(error).__name__}: {error}. {notes}".strip()
 
 
-def show_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+def show_table(*headings: str, rows: Iterable[Iterable[object]]) -> None:
     """Print a table of one column of text and others of numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right" if table.columns else "left", overflow="fold")
+    text, *numbers = headings
+    columns = [Column(number, justify="right") for number in numbers]
+    table = Table(Column(text, overflow="fold"), *columns, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table, "")
@@ -659,12 +659,10 @@ def show_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Non
 
 def show_journal(path: Path) -> None:
     """Print the rows of a journal."""
-    question = "ifnull(substr(prompt, 1, 23), '–'), ifnull(number, '–')"
-    counts = "input_tokens, cached_input_tokens, output_tokens, cost"
+    columns = "ifnull(substr(prompt, 1, 23), '–'), ifnull(number, '–'), input_tokens, output_tokens"
     with closing(sqlite3.connect(path)) as journal:
-        rows = journal.execute(f"SELECT {question}, {counts} FROM turns")
-        headings = _("question"), _("turn"), _("input"), _("cached"), _("output"), "USD"
-        show_table(headings, rows)
+        rows = journal.execute(f"SELECT {columns}, cost FROM turns")
+        show_table(_("question"), _("turn"), _("input"), _("output"), "USD", rows=rows)
 
 
 @contextmanager
@@ -717,43 +715,38 @@ def demo_tokens_and_cost() -> None:
 
     A model reads tokens. Four characters to a token is a rule of thumb for English; only the
     model's tokenizer knows. A request is more than its texts: `count_tokens` adds what wraps
-    each message. So the session knows the size before it sends, and refuses what is over
-    `max_input_tokens`. The reply brings the API's own count, and that is what you pay for.
+    each message. So the session knows the size of a request before it sends it, and refuses one
+    over `max_input_tokens`. The reply brings the API's own count, and you pay by that.
     """
     show_code(count_tokens)
     question(_("Three texts: English, Chinese, Python. For which one is characters ÷ 4 right?"))
     encode = encoding_for(MODEL).encode_ordinary
-    rows = [(text, len(text), round(len(text) / 4), len(encode(text))) for text in TEXTS]
-    show_table((_("text"), _("characters"), "÷ 4", _("tokens")), rows)
-    right = sum(guess == tokens for _text, _length, guess, tokens in rows)
+    texts = [(text, len(text), round(len(text) / 4), len(encode(text))) for text in TEXTS]
+    show_table(_("text"), _("characters"), "÷ 4", _("tokens"), rows=texts)
+    right = sum(guess == tokens for _text, _length, guess, tokens in texts)
     result = _("Characters ÷ 4 is right for {right} of {texts} texts.")
     verdict(right == len(TEXTS), result.format(right=right, texts=len(TEXTS)))
 
-    request = [message("system", "Answer in one line."), message("user", TEXTS[0])]
-    parts: list[tuple[object, ...]] = []
-    for said in request:
-        role, content = len(encode(said["role"])), len(encode(said["content"]))
-        total = role + content + MESSAGE_TOKENS
-        parts.append((said["content"], role, content, MESSAGE_TOKENS, total))
-    counted = count_tokens(request, MODEL)
-    parts.append((_("beginning of the reply"), "", "", "", REPLY_TOKENS))
-    parts.append((_("the request"), "", "", "", counted))
-    show_table((_("message"), _("role"), _("content"), _("around it"), _("tokens")), parts)
-    system = request[0]["content"]
-    with (
-        offline_client() as client,
-        llm_session("x", client=client, system=system, max_input_tokens=counted) as session,
-    ):
-        session.ask(TEXTS[0])
-        usage = session.usage
-        again = outcome(lambda: session.ask(TEXTS[0]))
+    role, text = len(encode("user")), len(encode(TEXTS[0]))
+    counted = count_tokens([message("user", TEXTS[0])], MODEL)
+    result = _(
+        "The English text as a request: {} around the message + {} for its role + {} for its text"
+        " + {} to begin the reply = {} tokens."
+    )
+    total = MESSAGE_TOKENS + role + text + REPLY_TOKENS
+    verdict(total == counted, result.format(MESSAGE_TOKENS, role, text, REPLY_TOKENS, counted))
+    small_session = partial(llm_session, "small", max_input_tokens=counted)
+    with offline_client() as client, small_session(client=client) as chat:
+        chat.ask(TEXTS[0])
+        usage = chat.usage
+        again = outcome(lambda: chat.ask(TEXTS[0]))
     counts = counted, usage.input_tokens, usage.output_tokens
     prices = [list_price(Usage(0, 10**6), MODEL), list_price(Usage(0, 0, 0, 10**6), MODEL)]
     result = _(
         "Counted before: {}. Reported by the API: {} in the request, {} in the reply. A million"
         " costs ${:.2f} and ${:.2f}, so this is ${:f}."
     )
-    verdict(counted == usage.input_tokens, result.format(*counts, *prices, session.cost))
+    verdict(counted == usage.input_tokens, result.format(*counts, *prices, chat.cost))
     verdict(again.startswith("ContextWindowError"), again)
     say(_("To `TEXTS`, add a line in a language of yours, and run demo 2 again."), "→ ")
 
@@ -768,10 +761,10 @@ def careless_ask(api: Any, messages: Any, prompt: str) -> None:
 def demo_a_turn_is_a_transaction() -> None:
     """A turn is a transaction
 
-    Most tutorials write `careless_ask`. If the call fails, the question stays in the
+    Most tutorials do what `careless_ask` does. If the call fails, the question stays in the
     conversation without an answer, and every later request sends it again. In a session, a turn
-    is a question and its answer: `_turn` keeps both or neither. What the turn cost counts in any
-    case, because you pay it in any case.
+    is a question and its answer: `_turn` keeps both or neither. The cost counts even if the turn
+    fails, because you pay it.
     """
     show_code(careless_ask)
     question(_("The server answers the first call with HTML. What do two calls leave behind?"))
@@ -810,13 +803,6 @@ def careless_stream(api: Any, messages: Any, prompt: str) -> None:
     messages += [request[-1], {"role": "assistant", "content": text}]
 
 
-def story(*words: str, finish_reason: str | None = None) -> httpx2.Response:
-    """Return a stream of words; the last one has the `finish_reason`."""
-    choices: list[Any] = [{"delta": {"content": word}} for word in words]
-    choices[-1]["finish_reason"] = finish_reason
-    return event_stream(json.dumps({"choices": [choice]}) for choice in choices)
-
-
 def demo_interrupted_stream() -> None:
     """A stream that is not read to its end
 
@@ -845,18 +831,18 @@ def demo_interrupted_stream() -> None:
         usage, turns = session.usage, len(session.messages) // 2
         rows.append((title, turns, usage.input_tokens, usage.output_tokens, f"{session.cost:f}"))
     show_code(LLMSession._reply, runs=runs)
-    show_table((_("the stream"), _("turns"), _("input"), _("output"), "USD"), rows)
+    show_table(_("the stream"), _("turns"), _("input"), _("output"), "USD", rows=rows)
     kept = [turns for _title, turns, *_bill in rows]
     result = _("Of 3 streams, the session keeps {turns}. It bills all of them.")
     verdict(kept == [1, 0, 0], result.format(turns=sum(kept)))
     say(_("In `_reply`, delete the line with `check_whole`, and run demo 4 again."), "→ ")
 
 
-def talk_on(folder: str) -> None:
+def talk_on(path: str) -> None:
     with (
-        open(f"{folder}/talk.txt", "w") as file,
+        open(f"{path}.txt", "w") as file,
         offline_client() as client,
-        llm_session("talk", client=client, journal=f"{folder}/talk.db") as talk,
+        llm_session("talk", client=client, journal=f"{path}.db") as talk,
     ):
         while True:
             file.write(talk.ask("What next?") + "\n")
@@ -873,30 +859,29 @@ def demo_kill() -> None:
     show_code(talk_on)
     question(_("The child is killed after its third report. How many turns are in each file?"))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['talk_on'](sys.argv[2])"
-    result = _("Of {reported} turns that it reported, `{file}` has {turns}.")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", code, __file__, folder]
-        quiet = subprocess.DEVNULL
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as child:
+        command = [sys.executable, "-c", code, __file__, f"{folder}/talk"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             assert child.stdout is not None
             try:
                 reports = [child.stdout.readline() for _turn in range(3)]
             finally:
                 child.kill()
-            reports += child.stdout.readlines()
-        reported = int(reports[-1])
-        turns = len(Path(folder, "talk.txt").read_text().splitlines())
-        verdict(turns >= reported, result.format(reported=reported, file="talk.txt", turns=turns))
+            reports += child.stdout.readlines()  # it may have talked on until it was killed
         journal = Path(folder, "talk.db")
         with (
             bracket("llm_session('talk', journal='talk.db')"),
             offline_client() as client,
             llm_session("talk", client=client, journal=journal) as talk,
         ):
-            turns = len(talk.messages) // 2
+            resumed = len(talk.messages) // 2
             say(talk.ask("Where were we?"))
         show_journal(journal)
-    verdict(turns >= reported, result.format(reported=reported, file="talk.db", turns=turns))
+        flushed = len(Path(folder, "talk.txt").read_text().splitlines())
+    result = _("Of {reported} turns that it reported, `{file}` has {turns}.")
+    for file, turns in (("talk.txt", flushed), ("talk.db", resumed)):
+        text = result.format(reported=len(reports), file=file, turns=turns)
+        verdict(turns >= len(reports), text)
     say(_("In `talk_on`, add `file.flush()` below `file.write`, and run demo 5 again."), "→ ")
 
 
@@ -908,27 +893,10 @@ def review(parts: list[str], talk: LLMSession) -> None:
         say(reply.strip().split("\n")[0])
 
 
-def review_in_blocks(parts: list[str], journal: Path | None, **options: Any) -> None:
-    """Open sessions until the review is done, and say how many answers were paid for."""
-    answers = 0
-    done = False
-    while not done:
-        label = f"llm_session('review', journal={journal and journal.name!r})"
-        try:
-            with bracket(label), llm_session("review", journal=journal, **options) as talk:
-                before = len(talk.messages)
-                review(parts, talk)
-            done = True
-        except OpenAIError as error:
-            if live:
-                raise
-            say("; ".join([str(error), *error.__notes__]))
-        answers += (len(talk.messages) - before) // 2
-    console.print()
-    if journal is not None:
-        show_journal(journal)
-    result = _("Paid for {answers} answers, for {parts} parts.")
-    verdict(answers == len(parts), result.format(answers=answers, parts=len(parts)))
+def review_in_a_block(parts: list[str], journal: Path | None, **options: Any) -> None:
+    label = f"llm_session('review', journal={journal and journal.name!r})"
+    with bracket(label), llm_session("review", journal=journal, **options) as talk:
+        review(parts, talk)
 
 
 def live_options() -> dict[str, Any]:
@@ -953,17 +921,33 @@ def demo_review() -> None:
     lines = SOURCE.splitlines(keepends=True)
     parts = ["".join(lines[start : start + 200]) for start in range(0, len(lines), 200)]
     script = [None, failed(429), None, failed(500), failed(500), failed(500)]
+    statuses: list[int] = []
+
+    def show_status(response: httpx2.Response) -> None:
+        say(f"HTTP {response.status_code} {response.reason_phrase}")
+        statuses.append(response.status_code)
+
     show_code(review)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "review.db")
         if live:
-            review_in_blocks(parts, path, **live_options())
+            review_in_a_block(parts, path, **live_options())
+            show_journal(path)
             return
         ask = _("There are {parts} parts. How many answers do you pay for, in each case?")
         question(ask.format(parts=len(parts)))
         for journal in (None, path):
+            statuses.clear()
             with offline_client(*script, on_response=show_status) as client:
-                review_in_blocks(parts, journal, client=client)
+                for _block in (1, 2):
+                    try:
+                        review_in_a_block(parts, journal, client=client)
+                    except OpenAIError as error:
+                        say("; ".join([str(error), *error.__notes__]))
+            result = _("Paid for {answers} answers, for {parts} parts.")
+            result = result.format(answers=statuses.count(200), parts=len(parts))
+            verdict(statuses.count(200) == len(parts), result)
+        show_journal(path)
     say(_("In `review`, delete `[done:]`, and run demo 6 again."), "→ ")
 
 
@@ -995,7 +979,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     live = options.live
     try:
         yield options
-    except OpenAIError as error:
+    except (OpenAIError, ValueError) as error:  # the latter: of the API key
         if not live:
             raise
         problem = " ".join(str(error).split())
