@@ -1014,15 +1014,23 @@ def what_is_open() -> set[str]:
     found = {str(each) for each in threading.enumerate() if each.name != THREAD}
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         with suppress(OSError):
-            found.add(f"descriptor {name}: {os.readlink(f'{folder}/{name}')}")
+            if not (target := os.readlink(f"{folder}/{name}")).endswith("/fd"):  # of this listing
+                found.add(f"descriptor {name}: {target}")
     return found
 
 
 def make_subject(factory: Callable[[], Any]) -> Subject:
     """Call the factory; for a bare manager, watch what was not open before the first one."""
-    made = factory()
-    if isinstance(made, Subject):
-        return made
+
+    async def look() -> Subject | None:
+        made = factory()
+        if isinstance(made, Subject):
+            return made
+        await leave(made, do_nothing)  # it may have acquired something already
+        return None
+
+    if subject := asyncio.run(look()):  # in a loop, since some managers need one
+        return subject
     before: list[set[str]] = []
 
     def open_next() -> AnyManager:
