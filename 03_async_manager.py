@@ -835,6 +835,12 @@ KEY_POINTS = """\
 * Start tasks in a `TaskGroup`: when its block ends, all of them have ended."""
 
 
+def hide_key(text: str) -> str:
+    """Take the API key out of a text, unless it is a word such as "any"."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return text.replace(key, "***") if len(key) > 12 else text
+
+
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. With --live, exit with one line if the model does not answer."""
@@ -856,7 +862,8 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
     if failure:
-        parser.exit(1, f"{parser.prog}: the model did not answer: {failure!r:.300}\n")
+        problem = hide_key(f"{failure!r:.300}")
+        parser.exit(1, f"{parser.prog}: the model did not answer: {problem}\n")
 
 
 # --- The stage: it prints the demos. The same in every script; you can skip it. ---

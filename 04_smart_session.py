@@ -750,6 +750,12 @@ KEY_POINTS = """\
 * Record below the SDK, in a transport. Nobody can forget it there."""
 
 
+def hide_key(text: str) -> str:
+    """Take the API key out of a text, unless it is a word such as "any"."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return text.replace(key, "***") if len(key) > 12 else text
+
+
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. If a real model does not answer, exit with one line."""
@@ -766,6 +772,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
         yield options
     except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, ValueError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        message = hide_key(message)
         parser.exit(1, f"{parser.prog}: the model did not answer: {message}\n")
 
 

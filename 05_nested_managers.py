@@ -902,6 +902,12 @@ KEY_POINTS = """\
 * Never hold a lock or a transaction while you wait for a model."""
 
 
+def hide_key(text: str) -> str:
+    """Take the API key out of a text, unless it is a word such as "any"."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return text.replace(key, "***") if len(key) > 12 else text
+
+
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
     """Parse the command line. With --live, exit with one line if the model does not answer."""
@@ -918,7 +924,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     except (openai.OpenAIError, ReplyError, httpx2.InvalidURL, UnicodeEncodeError) as error:
         if not options:
             raise
-        problem = " ".join(str(error).split())
+        problem = hide_key(" ".join(str(error).split()))
         parser.exit(1, f"{parser.prog}: the model did not answer: {problem}\n")
     finally:
         options.clear()
