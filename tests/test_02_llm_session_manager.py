@@ -1027,35 +1027,6 @@ def test_only_live_asks_the_model_of_the_environment(
     assert len(asked) == PARTS
 
 
-BROKEN_ENDPOINTS = {key: FAILURES[key] for key in FAILURES.keys() - {"Ctrl-C", "a bug"}} | {
-    "half a stream": (lambda: streamed(piece("half")), chapter.AnswerError, 1),
-    "lost": (lambda: streamed(piece("half"), httpx2.ReadError("lost")), chapter.AnswerError, 3),
-}
-
-
-@both_ways
-@pytest.mark.parametrize("failure", sorted(BROKEN_ENDPOINTS))
-def test_live_reports_a_broken_endpoint_in_one_line(
-    failure: str, speak: Any, play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if speak is read_stream:
-        monkeypatch.setattr(chapter.LLMSession, "ask", read_stream)
-    make, _error, attempts = BROKEN_ENDPOINTS[failure]
-    client = chapter.offline_client(*(make() for _attempt in range(attempts)))
-    monkeypatch.setattr(chapter, "OpenAI", lambda: client)
-    status, output, errors = play("6", "--live", OPENAI_API_KEY=KEY, OPENAI_MODEL="gpt-4o-mini")
-    assert status == 1
-    assert errors.startswith(f"{chapter_path(2).name}: the model did not answer: ")
-    assert errors.count("\n") == 1
-    assert "└ left by " in output
-
-
-def test_live_without_a_key_says_what_is_missing(play: Callable[..., Any]) -> None:
-    status, _output, errors = play("--live", OPENAI_API_KEY="")
-    assert status == 2
-    assert "--live needs OPENAI_API_KEY; a local server takes any" in errors.splitlines()[-1]
-
-
 def test_each_demo_shows_what_its_lesson_says(play: Callable[..., Any]) -> None:
     _status, text, _errors = play("1", "2", "3", "4", "6")
     _above, life, tokens, turns, stream, review = re.split(r"(?m)^\d · .+$", text)

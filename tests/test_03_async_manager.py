@@ -784,33 +784,6 @@ def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         return end.code
 
 
-@pytest.mark.parametrize("failure", [*FAILURES, "timeout"])
-def test_live_ends_with_one_line_if_the_model_fails(
-    failure: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def respond(*request: object) -> httpx2.Response:
-        if failure == "timeout":
-            raise httpx2.ReadTimeout("nothing in 60 s")
-        return FAILURES[failure]
-
-    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", respond)
-    monkeypatch.setenv("OPENAI_API_KEY", "any")
-    assert ended(monkeypatch, "--live", "8") == 1
-    printed, message = capsys.readouterr()
-    assert message.startswith("03_async_manager.py: the model did not answer: ")
-    assert message.count("\n") == 1
-    assert "stand-in" not in printed
-
-
-def test_live_without_a_key_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "")
-    assert ended(monkeypatch, "--live") == 2
-    message = "--live needs OPENAI_API_KEY; a local server takes any value\n"
-    assert capsys.readouterr().err.endswith(message)
-
-
 def test_a_cancelled_run_ends_as_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,7 @@ ENDPOINTS: dict[str, tuple[int, str, str]] = {  # status, content type, body
     "no end": (200, JSON, completion({"content": "Half"}, finish="")),
     "half a stream": (200, EVENTS, HALF_A_STREAM),
     "infinite usage": (200, JSON, completion({"content": "x"}, usage={"prompt_tokens": 1e400})),
-    "a wrong key, which it quotes": (401, JSON, '{"error": {"message": "bad key: %s"}}' % KEY),
+    "a wrong key, which it quotes": (401, JSON, json.dumps({"error": {"message": f"bad: {KEY}"}})),
     "too many requests": (429, JSON, '{"error": {"message": "slow down"}}'),
     "a redirect to itself": (307, HTML, ""),
     "a server error": (500, HTML, "<html>Internal Server Error</html>"),
@@ -71,7 +71,7 @@ def serve() -> Iterator[Callable[[int, str, str], str]]:
                 with suppress(ConnectionError):  # a client may have gone away
                     self.wfile.write(body.encode())
 
-            def log_message(self, format: str, *args: object) -> None: ...
+            def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -86,12 +86,12 @@ def serve() -> Iterator[Callable[[int, str, str], str]]:
         server.server_close()
 
 
-def play(number: int, url: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def play(number: int, url: str, monkeypatch: pytest.MonkeyPatch, key: str = KEY) -> int:
     """Play the demo with --live; return the exit status."""
     chapter = load_chapter(number)
     monkeypatch.setattr(chapter, "live", False, raising=False)
     monkeypatch.setattr(sys, "argv", [f"{number:02d}.py", DEMOS[number], "--live"])
-    settings = {"API_KEY": KEY, "BASE_URL": url, "MODEL": "gpt-4o-mini"}
+    settings = {"API_KEY": key, "BASE_URL": url, "MODEL": "gpt-4o-mini"}
     for name, value in settings.items():
         monkeypatch.setenv(f"OPENAI_{name}", value)
     try:
@@ -119,3 +119,12 @@ def test_a_broken_endpoint_ends_a_script_with_one_line(
     assert "the model did not answer" in shown.err
     assert "Traceback" not in shown.out + shown.err
     assert KEY not in shown.out + shown.err
+
+
+@pytest.mark.parametrize("number", DEMOS)
+def test_live_needs_a_key(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert play(number, "", monkeypatch, key="") == 2
+    expected = "--live needs OPENAI_API_KEY; a local server takes any value\n"
+    assert capsys.readouterr().err.endswith(expected)
