@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import contract
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,3 +242,35 @@ def reporting_context_variables(
             found.extend(CONTEXT.left(before, CONTEXT.look()))
 
     return watched
+
+
+# --- What the contract did, in one line ---
+
+judged: list[tuple[list[str], int, int]] = []  # of each process: managers, ways, cancellations
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Count what this process did; a worker of pytest-xdist sends it to the main process."""
+    counts = (sorted(contract.managers), contract.played, contract.points)
+    judged.append(counts)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["contract"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receive what a worker did."""
+    judged.append(getattr(node, "workeroutput", {}).get("contract", ([], 0, 0)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
+    """Print how much the cleanup contract tried, and what was left behind."""
+    managers = {name for names, _ways, _points in judged for name in names}
+    if managers:
+        ways = sum(ways for _names, ways, _points in judged)
+        points = sum(points for _names, _ways, points in judged)
+        left = "nothing" if exitstatus == 0 else "see the failures"
+        terminalreporter.write_line(
+            f"cleanup contract: {len(managers)} managers, {ways:,} ways out of a block, "
+            f"cancelled at {points:,} places; left behind: {left}"
+        )

@@ -180,7 +180,11 @@ class Run:
 
 sync_ways: list[Way] = []
 async_ways: list[Way] = []
-points = 0  # cancellations so far, of all ways together
+
+# What was judged so far in this process: managers, ways played, and cancellations injected.
+managers: set[str] = set()
+played = 0
+points = 0
 
 
 def way(
@@ -217,6 +221,8 @@ def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: 
         name = judged_way.__name__
         if already := subject.leaks():
             raise Broken(name, f"not judged, before it began: {already}")
+        global played
+        played += 1
         Run.manager, Run.lines = None, []
         try:
             with time_limit(), recorded_lines():
@@ -241,6 +247,7 @@ def opened(subject: Subject) -> AnyManager:
     in_time()
     Run.lines = []
     Run.manager = manager = subject.open()
+    managers.add(name_of(manager))
     kind = AbstractAsyncContextManager if in_a_loop() else AbstractContextManager
     if not isinstance(manager, kind):
         ways = "ASYNC_WAYS" if isinstance(manager, AbstractAsyncContextManager) else "SYNC_WAYS"
