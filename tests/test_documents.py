@@ -30,7 +30,7 @@ DIAGRAMS = {"flowchart", "sequenceDiagram", "stateDiagram-v2", "classDiagram"}
 ELSEWHERE = {
     "ClientGroup": "fastmcp 4",
     "FastMCP": "mcp 1, fastmcp",
-    "FileLock": "filelock",
+    "filelock": "the package of FileLock",
     "MCPServerManager": "OpenAI Agents SDK",
     "failed_servers": "OpenAI Agents SDK",
     "PromptRecorder": "llamabot before 0.12",
