@@ -550,9 +550,6 @@ async def demo_global() -> None:
     say(_("In `job`, delete the line with `sleep`, and run demo 1 again."), "→ ")
 
 
-recorder = _current  # the name that chapter 06's comparison uses
-
-
 @contextmanager
 def recording(name: str) -> Iterator[Session]:
     session = Session(name, parent=current_session())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fences import Run, find_fences, python_looking, rewrite, run_chapter
+from fences import Run, find_fences, main, python_looking, rewrite, run_chapter
 from sybil.example import SybilFailure
 
 
@@ -74,6 +75,27 @@ def test_a_fence_that_is_a_file_can_be_imported_and_run_as_a_program(tmp_path: P
     text += "```\n\n```text\nhello\nalone\n```\n"
     run_chapter(page(tmp_path, text), tmp_path)
     assert "greeting" not in sys.modules
+
+
+PROGRAM = "```python\n# hello.py\nprint('hello')\n```\n\n```bash\npython hello.py\n```\n\n```text\n"
+
+
+def test_a_command_that_runs_a_file_of_the_page_is_compared_too(tmp_path: Path) -> None:
+    silent = PROGRAM.replace("print('hello')", "if __name__ == '__main__':\n    print('hello')")
+    played = run_chapter(page(tmp_path, silent + "hello\n```\n"), tmp_path)
+    assert (played.run, len(played.fences)) == (2, 2)
+    with pytest.raises(SybilFailure, match=r"page\.md:8 does not print what the page says"):
+        run_chapter(page(tmp_path, silent + "goodbye\n```\n"), tmp_path)
+
+
+def test_extracting_writes_the_files_and_one_program_of_all_other_fences(tmp_path: Path) -> None:
+    text = PROGRAM + "hello\n```\n\n```python\nimport asyncio\n\nword = 'one'\n```\n"
+    text += "\n```python\nimport hello\n\nawait asyncio.sleep(0)\nprint(word)\n```\n"
+    folder = tmp_path / "new" / "folder"
+    assert main(["--extract", str(folder), str(page(tmp_path, text))]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["blocks.py", "hello.py"]
+    command = [sys.executable, str(folder / "blocks.py")]
+    assert subprocess.check_output(command, text=True) == "hello\none\n"
 
 
 def test_a_fence_that_is_not_run_is_counted_and_still_compiled(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     run_chapter(path)              in a test: raises at the first fence that differs from the page
     python tools/fences.py FILE    the same by hand; --write copies the output into the page
+    python tools/fences.py --extract FOLDER FILE    write the page's code into FOLDER
 
 How a chapter is written:
 
@@ -11,6 +12,7 @@ How a chapter is written:
   for what `VARIES`. A fence without one must print nothing.
 - A fence whose first line is `# name.py` is a file. It is saved in the folder where the chapter
   runs, so that child processes find it and later fences can import it.
+- A ```bash fence that says only `python name.py` runs such a file.
 - `<!-- not run: the reason -->` directly above a fence: it is compiled but not run.
 
 Sybil silently ignores a fence labelled `py` or `python title=...`. `python_looking` therefore
@@ -30,8 +32,10 @@ import inspect
 import io
 import logging
 import re
+import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,6 +76,7 @@ class Fence:
     output: tuple[int, int] | None  # where that stands in the page
     file: str | None  # the name under which it is saved
     reason: str | None  # why it is not run
+    program: str | None  # a command: the file that it runs
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Played:
 
 
 def find_fences(path: Path) -> list[Fence]:
-    """Return the Python fences of a page, as Sybil finds them."""
+    """Return the Python fences and the commands of a page, as Sybil finds them."""
     return [example.parsed for example in Sybil([_parser(None)]).parse(path).examples()]
 
 
@@ -105,8 +110,8 @@ def _parser(evaluator: Any) -> Any:
     def parse(document: Document) -> Iterable[Region]:
         regions = list(FencedCodeBlockLexer(r"\w+")(document))
         for region, following in zip(regions, [*regions[1:], None], strict=True):
-            if region.lexemes["language"] == "python":
-                fence = _fence(document, region, following)
+            fence = _fence(document, region, following)
+            if region.lexemes["language"] == "python" or fence.program:
                 yield Region(region.start, region.end, parsed=fence, evaluator=evaluator)
 
     return parse
@@ -126,7 +131,9 @@ def _fence(document: Document, region: Region, following: Region | None) -> Fenc
         expected, output = str(shown), (start, start + len(shown))
     source = str(region.lexemes["source"])
     named = re.match(r"# (\w+\.py)\n", source)
-    reason = re.search(r"<!-- not run: (.+?) -->\s*\Z", text[: region.start], re.DOTALL)
+    is_bash = region.lexemes["language"] == "bash"
+    command = re.fullmatch(r"python (\w+\.py)\n?", source) if is_bash else None
+    reason = re.search(r"<!-- not run: ((?:(?!-->).)+?) -->\s*\Z", text[: region.start], re.DOTALL)
     return Fence(
         place=f"{Path(document.path).name}:{line}",
         line=line,
@@ -135,6 +142,7 @@ def _fence(document: Document, region: Region, following: Region | None) -> Fenc
         output=output,
         file=named and named[1],
         reason=reason and reason[1],
+        program=command and command[1],
     )
 
 
@@ -177,10 +185,11 @@ class Run:
 
         document = Sybil([_parser(evaluate)]).parse(self.path)
         fences = [example.parsed for example in document.examples()]
-        if (looking := python_looking(document.text)) != len(fences):
+        labelled = sum(fence.program is None for fence in fences)
+        if (looking := python_looking(document.text)) != labelled:
             raise AssertionError(
                 f"{self.path.name} has {looking} fences that look like Python, of which"
-                f" {len(fences)} are labelled ```python and nothing else: only those are run"
+                f" {labelled} are labelled ```python and nothing else: only those are run"
             )
         with self._loop_and_modules(), contextlib.chdir(self.folder):
             for example in document.examples():
@@ -190,6 +199,9 @@ class Run:
 
     def _outcome(self, fence: Fence) -> str:
         """Run one fence; return what it printed."""
+        if fence.program:
+            self.printed[fence] = self._run_program(fence.program)
+            return self.printed[fence]
         code = self._compiled(fence)
         if fence.reason is not None:
             return fence.expected or ""
@@ -204,6 +216,12 @@ class Run:
                 raise
         self.printed[fence] = stdout.getvalue()
         return self.printed[fence]
+
+    def _run_program(self, name: str) -> str:
+        command = [sys.executable, name]
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT
+        ).stdout
 
     def _compiled(self, fence: Fence) -> types.CodeType:
         padded = "\n" * (fence.line - 1) + fence.source  # so that a traceback names the page's line
@@ -286,7 +304,23 @@ def rewrite(path: Path, folder: Path) -> int:
     return changed
 
 
+def extract(path: Path, folder: Path) -> None:
+    """Write the page's files into `folder`, and its other fences, in order, into blocks.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = ""
+    for fence in find_fences(path):
+        if fence.file:
+            (folder / fence.file).write_text(fence.source, encoding="utf-8")
+        elif not fence.program and not fence.reason:
+            blocks += f"    # {fence.place}\n{textwrap.indent(fence.source, '    ')}\n"
+    program = f"import asyncio\n\n\nasync def main():\n{blocks}\nasyncio.run(main())\n"
+    (folder / "blocks.py").write_text(program, encoding="utf-8")
+
+
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--extract"]:
+        extract(Path(arguments[2]), Path(arguments[1]).expanduser())
+        return 0
     write = "--write" in arguments
     for path in (Path(argument).resolve() for argument in arguments if argument != "--write"):
         files = any(fence.file for fence in find_fences(path))
