@@ -80,9 +80,9 @@ def in_lines(task: Task, report: Report, strong: bool) -> str:
 
     def add(label: str, text: str) -> None:
         if text:
-            first, *rest = wrap(text, width - MARGIN)
             lines.append(f"  {label}")
-            lines.extend(f"    {line}".rstrip() for line in (first, *rest))
+            wrapped = "\n".join(wrap(text, width - MARGIN)).splitlines()
+            lines.extend(f"    {line}".rstrip() for line in wrapped)
 
     if report.story:
         add(_("the task:"), report.story)

@@ -13,6 +13,7 @@ The process of its own is for answers that hang, leave threads behind or end the
 from __future__ import annotations
 
 import argparse
+import ast
 import gettext
 import importlib.util
 import inspect
@@ -26,7 +27,7 @@ import threading
 import traceback
 import unittest
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -128,7 +129,7 @@ def attempt(called: str, expected: str = "", traced: bool = True) -> Iterator[No
     progress.called = called
     progress.lines.clear()
     try:
-        with record_lines() if traced else contextmanager(lambda: iter([None]))():
+        with record_lines() if traced else nullcontext():
             yield
     except NotSolvedError:
         raise
@@ -225,24 +226,47 @@ def in_words(error: BaseException) -> str:
     return _("{error} was raised").format(error=what)
 
 
-def path_that_ran(task: Task) -> str:
-    """Return the answer's code, with the order in which its lines ran."""
-    source = chapter(1).source  # of the stage: the numbered lines, without docstrings
-    rows: list[tuple[str, str]] = []
-    for name in task.names:
-        piece = getattr(progress.answer, name, None)
-        try:
-            numbered = source(inspect.unwrap(piece) if callable(piece) else piece)
-        except (TypeError, OSError, StopIteration):
-            continue  # not there, or not a function or class of this file
-        shown = {number for number, _text in numbered}
-        steps = [line for line in progress.lines if line in shown]
-        for number, text in numbered:
+def path_that_ran(task: Task, answer: Path) -> str:
+    """Return the answer's code, with the order in which its lines ran.
+
+    That is what the task names, and every other function and class of the file that ran.
+    """
+    try:
+        text = answer.read_text(encoding="utf-8")
+        pieces = {node.name: node for node in ast.parse(text).body if isinstance(node, PIECE)}
+    except (OSError, SyntaxError):
+        return ""
+    ran = set(progress.lines)
+    shown = [
+        line
+        for name, node in pieces.items()
+        for line in lines_of(node)
+        if name in task.names or ran.intersection(lines_of(node))
+    ]
+    steps = [line for line in progress.lines if line in shown]
+    rows = []
+    for number in shown:
+        code = text.splitlines()[number - 1].rstrip()
+        if code and not code.lstrip().startswith("#"):
             places = [str(n) for n, line in enumerate(steps, 1) if line == number]
             more = " …" if len(places) > MOST_PLACES else ""
-            rows.append((" ".join(places[:MOST_PLACES]) + more, text))
-    width = max((len(places) for places, _text in rows), default=0)
-    return "\n".join(f"{places:>{width}}  {text}".rstrip() for places, text in rows)
+            rows.append((" ".join(places[:MOST_PLACES]) + more, code))
+    width = max((len(places) for places, _code in rows), default=0)
+    return "\n".join(f"{places:>{width}}  {code}".rstrip() for places, code in rows)
+
+
+PIECE = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def lines_of(piece: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> list[int]:
+    """Return the line numbers of a function or class, without those of docstrings."""
+    first = min([piece.lineno, *(decorator.lineno for decorator in piece.decorator_list)])
+    numbers = set(range(first, (piece.end_lineno or first) + 1))
+    for node in ast.walk(piece):
+        if isinstance(node, PIECE) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            numbers -= set(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
+    return sorted(numbers)
 
 
 # --- The process that judges ---
@@ -277,13 +301,14 @@ def judge_here(task: Task, answer: Path) -> Report:
         expect(there, _("the file defines {name}").format(name=task.names[0]), _("it does not"))
         task.judge(progress.answer)
     except NotSolvedError as error:
-        return finish_report(task, Report(False, progress.called, error.expected, error.happened))
+        report = Report(False, progress.called, error.expected, error.happened)
+        return finish_report(task, answer, report)
     return Report(True)
 
 
-def finish_report(task: Task, report: Report) -> Report:
+def finish_report(task: Task, answer: Path, report: Report) -> Report:
     """Add the path that ran and, in another language, the task's text."""
-    report.path = path_that_ran(task)
+    report.path = path_that_ran(task, answer)
     asked = getattr(progress.answer, task.names[0], None)
     if asked.__doc__ and _(inspect.getdoc(asked) or "") != inspect.getdoc(asked):
         report.story = _(inspect.getdoc(asked) or "")
@@ -300,7 +325,7 @@ def main() -> NoReturn:
     tasks = {each.id: each for each in tasks_of(found[0].stem)} if found else {}
     if options.task not in tasks:
         parser.error(f"there is no task {options.task}")
-    task = tasks[options.task]
+    task, answer = tasks[options.task], (options.answer or found[0]).resolve()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the answer prints does not mix with the report
     once = threading.Lock()
@@ -316,12 +341,12 @@ def main() -> NoReturn:
     def give_up() -> None:
         expected = _("it ends within {seconds:g} s").format(seconds=task.seconds)
         report = Report(False, progress.called, expected, _("it was still waiting then"))
-        tell(finish_report(task, report))
+        tell(finish_report(task, answer, report))
 
     watchdog = threading.Timer(task.seconds, give_up)
     watchdog.daemon = True
     watchdog.start()
-    tell(judge_here(task, (options.answer or found[0]).resolve()))
+    tell(judge_here(task, answer))
     raise AssertionError("unreachable")
 
 

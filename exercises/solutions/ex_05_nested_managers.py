@@ -1,37 +1,111 @@
-"""Solution of the capstone of chapter 05: one budget for several processes.
-
-The ledger is an SQLite file. `TAKE`, one statement that no other process can divide, decides
-whether a worst case fits. Each reservation is a row until it is settled. If its process dies, the
-row stays: the outcome is unknown, so the worst case is spent. Nothing has to be recovered, and no
-clock decides about money. (For several machines, run the same statements on PostgreSQL.)
-"""
+"""Solutions of the exercises of chapter 05, and why they are right."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+import re
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+
+class BudgetExceededError(RuntimeError):
+    """A worst case does not fit. Nothing is reserved: do not make the call."""
+
+
+# --- 1 · bug ---
+
+
+@dataclass
+class Wallet:
+    """What all calls of one night may cost together, in cents."""
+
+    limit: int
+    spent: int = 0
+    reserved: int = 0  # the worst cases of the calls that are under way
+
+
+@dataclass
+class Bill:
+    """What one call costs, in cents. None until the answer says it."""
+
+    cost: int | None = None
+
+
+@contextmanager
+def paid_from(wallet: Wallet, worst_case: int) -> Iterator[Bill]:
+    """Pay one call.
+
+    What is reserved counts like what is spent, because each call under way may cost its worst
+    case. `finally` pays however the block ends, and asks for None, because `cost or worst_case`
+    would charge the worst case for a call that cost nothing.
+    """
+    if wallet.spent + wallet.reserved + worst_case > wallet.limit:
+        raise BudgetExceededError(f"{worst_case} cents do not fit into {wallet}")
+    wallet.reserved += worst_case
+    bill = Bill()
+    try:
+        yield bill
+    finally:
+        wallet.reserved -= worst_case
+        wallet.spent += worst_case if bill.cost is None else bill.cost
+
+
+# --- 2 · task ---
+
+
+@dataclass
+class Profile:
+    """How long each step took, without the steps inside it."""
+
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+    inside: float = 0.0  # the seconds of the steps that ended inside the current one
+
+
+@contextmanager
+def step(profile: Profile, name: str) -> Iterator[None]:
+    """Time a step.
+
+    Blocks end in reverse order, so the local variables of the generators are the stack, and one
+    number is enough for what ended inside. It is restored in `finally`, so that a step that raises
+    does not leave its own seconds to the wrong step.
+    """
+    before, profile.inside = profile.inside, 0.0
+    started = profile.clock()
+    try:
+        yield
+    finally:
+        whole = profile.clock() - started
+        profile.seconds[name] = profile.seconds.get(name, 0.0) + whole - profile.inside
+        profile.inside = before + whole
+
+
+# --- 3 · capstone ---
 
 Dollars = Decimal | int
 logger = logging.getLogger("workshop.shared_budget")
 EXACT = Context(prec=50)  # sums do not depend on the caller's decimal context
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS budget (
-    name TEXT PRIMARY KEY, cap INTEGER NOT NULL, taken INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS reservation (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, budget TEXT, worst_case INTEGER, expires REAL);"""
-OPEN = "INSERT INTO budget (name, cap) VALUES (:name, :cap) ON CONFLICT DO NOTHING"
+TABLES = (
+    """CREATE TABLE IF NOT EXISTS budget (
+        name TEXT PRIMARY KEY, cap BIGINT NOT NULL, taken BIGINT NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS reservation (
+        id TEXT PRIMARY KEY, budget TEXT NOT NULL, worst_case BIGINT NOT NULL,
+        expires DOUBLE PRECISION NOT NULL)""",
+)
+OPEN = "INSERT INTO budget VALUES (:name, :cap, 0) ON CONFLICT (name) DO NOTHING"
 TAKE = """\
 UPDATE budget SET taken = taken + :worst_case
 WHERE name = :name AND taken + :worst_case <= cap"""
-KEEP = """\
-INSERT INTO reservation (budget, worst_case, expires) VALUES (:name, :worst_case, :expires)"""
+KEEP = "INSERT INTO reservation VALUES (:id, :name, :worst_case, :expires)"
 SETTLE = "DELETE FROM reservation WHERE id = :id"  # by its id: a second time changes nothing
 BOOK = "UPDATE budget SET taken = taken - :worst_case + :actual WHERE name = :name"
 READ = """\
@@ -40,17 +114,22 @@ SELECT cap, taken, (SELECT coalesce(sum(worst_case), 0) FROM reservation
 FROM budget WHERE name = :name"""
 
 
-def picodollars(amount: Dollars, what: str) -> int:
-    """Return an amount in US dollars, rounded up, as what SQLite adds exactly: an integer.
+def to_picodollars(amount: Dollars) -> int:
+    """Return an amount in US dollars, rounded up, as an integer: databases add those exactly.
 
     Raises TypeError for a float or bool, and ValueError unless 0 <= amount < a million dollars.
     """
     if isinstance(amount, bool) or not isinstance(amount, Dollars):
-        raise TypeError(f"{what} is {amount!r}: pass an exact amount, Decimal('0.25')")
+        raise TypeError(f"{amount!r} is not an exact amount: pass Decimal('0.25')")
     if not (Decimal(amount).is_finite() and 0 <= amount < 1_000_000):
-        raise ValueError(f"{what} is {amount}: pass dollars from 0 to below a million")
+        raise ValueError(f"{amount} is not in the range from 0 to below a million dollars")
     exact = Decimal(amount).quantize(Decimal("1e-12"), ROUND_CEILING, EXACT)
     return int(exact.scaleb(12, EXACT))
+
+
+def to_dollars(picodollars: int) -> Decimal:
+    """Return what `to_picodollars` made an integer of."""
+    return Decimal(picodollars).scaleb(-12, EXACT)
 
 
 class Balance(NamedTuple):
@@ -62,11 +141,45 @@ class Balance(NamedTuple):
 
     @property
     def remaining(self) -> Decimal:
+        """What can still be reserved."""
         return EXACT.subtract(EXACT.subtract(self.limit, self.spent), self.reserved)
 
 
-class BudgetExceededError(RuntimeError):
-    """A worst case does not fit. Nothing is reserved: do not make the call."""
+class SQLite:
+    """A ledger for several processes."""
+
+    # subtle: take the write lock at once. After a plain BEGIN, two processes that have read
+    # would wait for each other, and one of them would fail.
+    begin = "BEGIN IMMEDIATE"
+    tables = TABLES
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path).absolute()  # os.chdir must not lead to a second ledger
+
+    def connect(self) -> Any:
+        return sqlite3.connect(self._path, timeout=60, isolation_level=None)
+
+    def adapt(self, statement: str) -> str:
+        return statement
+
+
+class PostgreSQL:
+    """A ledger for several machines."""
+
+    # subtle: not a stricter level. An UPDATE that waited for another one must look again at the
+    # row, instead of failing.
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    # subtle: IF NOT EXISTS is not enough if two processes create a table at the same moment.
+    tables = ("SELECT pg_advisory_xact_lock(505)", *TABLES)
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def connect(self) -> Any:
+        return importlib.import_module("psycopg").connect(self._address, autocommit=True)
+
+    def adapt(self, statement: str) -> str:
+        return re.sub(r":(\w+)", r"%(\1)s", statement)
 
 
 class Reservation:
@@ -80,44 +193,49 @@ class Reservation:
     def settle(self, actual: Dollars) -> None:
         """Record what the call cost; settle at 0 only a call that was not billed.
 
-        If this raises sqlite3.Error, the block's end tries once more, with the same cost. Raises
-        RuntimeError if the reservation is settled already.
+        If the database fails, its error propagates, and the block's end tries once more with the
+        same cost. Raises RuntimeError if the reservation is settled already.
         """
         if self._booked:
             raise RuntimeError("this reservation is settled already")
-        self._cost = picodollars(actual, "the actual cost")
+        self._cost = to_picodollars(actual)
         self._book(self._cost)
         self._booked = True
 
 
 class SharedBudget:
-    """A limit in US dollars for all processes that open the same name in the same file.
+    """A limit in US dollars for all who open the same name in the same ledger.
 
-    Each step waits for the disk, and an event loop waits with it. A reservation older than
-    `lease` seconds is shown as spent, no longer as reserved; if its call still lives, it can
-    settle as usual. A fork may use it, too: each step opens a connection of its own.
+    Each step waits for the database, and an event loop waits with it. Each step opens a
+    connection of its own, so threads and forks may share a budget.
     """
 
     def __init__(
-        self, path: Path, limit: Dollars, name: str, lease: float, clock: Callable[[], float]
+        self,
+        ledger: SQLite | PostgreSQL,
+        limit: Dollars,
+        name: str,
+        lease: float,
+        clock: Callable[[], float],
     ) -> None:
-        self.path, self.name = path, name
-        self._cap = picodollars(limit, f"the limit of budget {name!r}")
+        self.name = name
+        self._ledger, self._cap = ledger, to_picodollars(limit)
         self._lease, self._clock = lease, clock
 
     def open(self) -> None:
-        with closing(sqlite3.connect(self.path, timeout=60)) as connection:
-            connection.executescript(TABLES)
-        with self._ledger() as ledger:
-            ledger.execute(OPEN, {"name": self.name, "cap": self._cap})
-            known = self._read(ledger).limit
-        if known != Decimal(self._cap).scaleb(-12, EXACT):
-            raise ValueError(f"{self.path} limits {self.name!r} to ${known.normalize(EXACT):f}")
+        """Enter the limit. Raises ValueError if there is another one."""
+        with self._transaction() as execute:
+            for statement in self._ledger.tables:
+                execute(statement)
+            execute(OPEN, name=self.name, cap=self._cap)
+            known = self._read(execute).limit
+        if known != to_dollars(self._cap):
+            raise ValueError(f"the ledger limits {self.name!r} to ${known.normalize(EXACT):f}")
 
     def balance(self) -> Balance:
-        """Return the amounts of one moment."""
-        with self._ledger() as ledger:
-            return self._read(ledger)
+        """Return the amounts of one moment. This takes no lock."""
+        with self._connection() as execute:
+            return self._read(execute)
 
     @contextmanager
     def reserve(self, worst_case: Dollars) -> Iterator[Reservation]:
@@ -126,19 +244,19 @@ class SharedBudget:
         If the block ends before `settle`, for whatever reason, or the process dies, the whole
         worst case is spent. Raises BudgetExceededError if too little is left.
         """
-        worst = picodollars(worst_case, "the worst case")
-        row = {"name": self.name, "worst_case": worst, "expires": self._clock() + self._lease}
-        with self._ledger() as ledger:
-            if not ledger.execute(TAKE, row).rowcount:
-                left = self._read(ledger).remaining.normalize(EXACT)
+        worst, number = to_picodollars(worst_case), uuid.uuid4().hex
+        row = {"id": number, "name": self.name, "worst_case": worst}
+        with self._transaction() as execute:
+            if not execute(TAKE, **row).rowcount:
+                left = self._read(execute).remaining.normalize(EXACT)
                 message = f"budget {self.name!r} has ${left:f} left, but ${worst_case} is needed"
                 raise BudgetExceededError(message)
-            number = ledger.execute(KEEP, row).lastrowid
+            execute(KEEP, **row, expires=self._clock() + self._lease)
 
         def book(actual: int) -> None:
-            with self._ledger() as ledger:
-                if ledger.execute(SETTLE, {"id": number}).rowcount:
-                    ledger.execute(BOOK, {**row, "actual": actual})
+            with self._transaction() as execute:
+                if execute(SETTLE, id=number).rowcount:
+                    execute(BOOK, **row, actual=actual)
 
         reservation = Reservation(book)
         try:
@@ -151,33 +269,45 @@ class SharedBudget:
                 book(worst if known is None else known)
 
     @contextmanager
-    def _ledger(self) -> Iterator[sqlite3.Connection]:
-        """Open a connection and a transaction, for one step."""
-        with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+    def _connection(self) -> Iterator[Callable[..., Any]]:
+        """Open a connection for one step; yield a function that executes a statement."""
+        with closing(self._ledger.connect()) as connection:
 
-    def _read(self, ledger: sqlite3.Connection) -> Balance:
-        row = ledger.execute(READ, {"name": self.name, "now": self._clock()}).fetchone()
-        limit, taken, reserved = (Decimal(amount).scaleb(-12, EXACT) for amount in row)
+            def execute(statement: str, **values: object) -> Any:
+                return connection.execute(self._ledger.adapt(statement), values or ())
+
+            yield execute
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Callable[..., Any]]:
+        """Commit what one step did. If it fails, closing the connection rolls all of it back."""
+        with self._connection() as execute:
+            execute(self._ledger.begin)
+            yield execute
+            execute("COMMIT")
+
+    def _read(self, execute: Callable[..., Any]) -> Balance:
+        row = execute(READ, name=self.name, now=self._clock()).fetchone()
+        limit, taken, reserved = (to_dollars(int(amount)) for amount in row)
         return Balance(limit, EXACT.subtract(taken, reserved), reserved)
 
 
 @contextmanager
 def shared_budget(
-    path: Path,
+    ledger: Path | str,
     limit: Dollars,
     name: str,
     lease: float = 600.0,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[SharedBudget]:
-    """Open a budget in a file. Raises ValueError if the file has another limit for this name."""
-    opened = SharedBudget(path, limit, name, lease, clock)
+    """Open a budget. Raises ValueError if the ledger has another limit for this name.
+
+    One UPDATE decides whether a worst case fits, so nobody can reserve between the question and
+    the answer. A reservation is taken money until it is settled, so that a dead process leaves
+    nothing to recover, and no clock decides about money: it only changes what is shown.
+    """
+    is_postgresql = isinstance(ledger, str) and ledger.startswith("postgresql://")
+    place = PostgreSQL(str(ledger)) if is_postgresql else SQLite(ledger)
+    opened = SharedBudget(place, limit, name, lease, clock)
     opened.open()
     yield opened
