@@ -53,21 +53,44 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self, TextIO, TypeVar
+from typing import IO, Annotated, Any, Literal, Self, TypeVar
 
 import anyio
+import httpx2
 import uvicorn
-from mcp import Client, MCPError, StdioServerParameters, stdio_client
+from mcp import Client, MCPError, StdioServerParameters
 from mcp.client.sse import sse_client
+from mcp.client.stdio import get_default_environment
+from mcp.client.streamable_http import streamable_http_client
+from mcp.client.subscriptions import ListenNotSupportedError, SubscriptionLost
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CONNECTION_CLOSED, CallToolResult, TextContent, Tool
-from pydantic import ConfigDict, HttpUrl, TypeAdapter, ValidationError, model_validator
+from mcp.shared._httpx_utils import create_mcp_http_client
+from mcp.shared.message import SessionMessage
+from mcp.types import (
+    CallToolResult,
+    TextContent,
+    Tool,
+    ToolListChangedNotification,
+    jsonrpc_message_adapter,
+)
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    HttpUrl,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import to_json
 from rich.bar import Bar
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
@@ -77,31 +100,55 @@ from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
-State = Literal["starting", "ready", "restarting", "lost", "failed", "stopped"]
-RESTART_DELAY = 0.2  # seconds from a server's death to its one restart
+State = Literal["starting", "ready", "lost", "failed", "stopped"]
+EXIT_TIMEOUT = 2.0  # seconds for a child to exit when its input ends, and again after SIGTERM
+LEAVE_TIMEOUT = 5.0  # seconds to end a session with a service, or the lifespan of an MCPServer
+LONGEST_LINE = 16 * 2**20  # bytes of one message from a child
+MOST_PAGES = 100  # of a list of tools
+logger = logging.getLogger("mcp_hub")
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; one line says which file, server and key, and why."""
+    """The configuration cannot be used. One line says which file, server and key, and why."""
+
+
+def _expand(value: object, info: ValidationInfo) -> object:
+    """Replace each ${NAME} in a configuration file by that environment variable."""
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    if info.context is None or not isinstance(value, str):  # no file, or not valid anyway
+        return value
+    return re.sub(r"\$\{(.*?)\}", variable, value)
+
+
+Expanded = Annotated[str, BeforeValidator(_expand)]
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class ServerConfig:
     """One entry of `mcpServers`: a program to start, `command`, or a service to reach, `url`."""
 
-    command: str | None = None
-    args: list[str] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)  # on top of the SDK's few safe variables
-    cwd: str | None = None
-    url: HttpUrl | None = None
+    command: Expanded | None = None
+    args: list[Expanded] = field(default_factory=list)
+    env: dict[str, Expanded] = field(default_factory=dict)  # besides PATH, HOME and a few more
+    cwd: Expanded | None = None
+    url: Annotated[HttpUrl, BeforeValidator(_expand)] | None = None
+    headers: dict[str, Expanded] = field(default_factory=dict)  # sent with each request to a url
     type: Literal["", "stdio", "http", "streamable-http", "streamableHttp", "sse"] = ""
+    mode: Literal["auto", "legacy", "2026-07-28"] = "auto"  # "auto": the newer protocol first
     required: bool = True  # False: the work goes on without it
-    restart: bool = False  # True: once, when it has died
+    disabled: bool = False  # True: `connect` leaves it out
 
     @model_validator(mode="after")
     def _either_way(self) -> ServerConfig:
         if (self.command is None) == (self.url is None):
             raise ValueError("there must be either a command, to start it, or a url, to reach it")
+        if self.type and (self.type == "stdio") != (self.url is None):
+            raise ValueError(f"{self.type!r} is not the type of a server with this command or url")
         return self
 
 
@@ -109,11 +156,30 @@ class ServerConfig:
 class _ConfigFile:
     mcpServers: dict[str, ServerConfig]  # the hosts' spelling
 
+    @field_validator("mcpServers", mode="before")
+    @classmethod
+    def _check_keys(cls, entries: Any, info: ValidationInfo) -> Any:
+        """Drop the disabled servers, whose variables may be unset. Warn of unknown keys."""
+        known = {each.name for each in fields(ServerConfig)}
+        for name, entry in list(entries.items()) if isinstance(entries, dict) else []:
+            if not isinstance(entry, dict):
+                continue
+            for key in entry.keys() - known:
+                logger.warning("%s: mcpServers.%s: unknown key %r", info.context, name, key)
+            if entry.get("disabled") is True:
+                del entries[name]
+        return entries
+
 
 def load_config(path: str | Path) -> dict[str, ServerConfig]:
-    """Read the `mcpServers` JSON of MCP hosts; keys that are a host's own are passed over."""
+    """Read the `mcpServers` JSON of MCP hosts, without the disabled servers.
+
+    Each ${NAME} in a value becomes that environment variable. An unknown key is logged as a
+    warning and ignored. Raises ConfigError if the file cannot be read or used.
+    """
     try:
-        return TypeAdapter(_ConfigFile).validate_json(Path(path).read_bytes()).mcpServers
+        document = Path(path).read_bytes()
+        return TypeAdapter(_ConfigFile).validate_json(document, context=path).mcpServers
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
@@ -124,11 +190,14 @@ def load_config(path: str | Path) -> dict[str, ServerConfig]:
 
 
 class ServerError(RuntimeError):
-    """A server did not start, did not answer, refused or died; the message says which, and why."""
+    """A server did not start, did not answer, failed or died. The message says which, and why."""
 
     def __init__(self, server: str, problem: str) -> None:
-        super().__init__(f"MCP server {server!r} {problem}")
-        self.server = server
+        super().__init__(server, problem)  # both arguments, so that it can be pickled
+        self.server, self.problem = server, problem
+
+    def __str__(self) -> str:
+        return f"MCP server {self.server!r} {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -137,14 +206,14 @@ class ServerStatus:
 
     name: str
     state: State = "starting"
-    pid: int | None = None  # of a child process, where the system has /proc
+    pid: int | None = None  # of a child process
     tools: tuple[Tool, ...] = ()
     startup: float = 0.0  # seconds from its start to its list of tools
     error: str = ""
 
 
 class McpHub:
-    """Servers to be called, from any task of the event loop. `connect` makes it, and ends it."""
+    """Servers to call, from any task of the event loop. Made and closed by `connect`."""
 
     def __init__(
         self, startup_timeout: float, call_timeout: float, on_change: Callable[[ServerStatus], None]
@@ -152,14 +221,13 @@ class McpHub:
         self._startup_timeout, self._call_timeout = startup_timeout, call_timeout
         self._on_change = on_change
         self._owners: dict[str, _Owner] = {}
-        self._settled: asyncio.Queue[_Owner] = asyncio.Queue()  # those that are ready or gave up
         self._calls = 0  # under way
-        self._call_ended = asyncio.Event()
+        self._news = asyncio.Event()  # a status has changed, or a call has ended
         self._closed = False
 
     @property
     def statuses(self) -> dict[str, ServerStatus]:
-        """Every server's status; the failed and the lost are there too."""
+        """The status of every server, including those that failed or were lost."""
         return {name: owner.status for name, owner in self._owners.items()}
 
     @property
@@ -170,281 +238,534 @@ class McpHub:
     async def call(
         self, server: str, tool: str, arguments: Mapping[str, Any] | None = None
     ) -> CallToolResult:
-        """Call a tool; what the tool itself finds wrong is a result with `is_error`.
+        """Call a tool. If the tool itself reports an error, the result has `is_error`.
 
-        Raises ServerError within the hub's `call_timeout`, or up to 5 s later where the server has
-        stopped reading, too. No call is sent twice: a server that died may have done the work.
+        Raises ServerError, whatever goes wrong, within the hub's `call_timeout`, or up to 5 s later
+        if the server has stopped reading. No call is sent twice: a server that died may have done
+        the work. A child that died stays lost. A service that was lost is reached again by the next
+        call, or by the same one if the service only refused it because it forgot our session.
         """
-        if self._closed:
-            raise ServerError(server, "takes no calls any more: its hub is closed")
-        if server not in self._owners:
-            raise ServerError(server, f"is not known; there are: {', '.join(self._owners)}")
-        owner = self._owners[server]
-        names = [each.name for each in owner.status.tools]
+        names = [each.name for each in self._owner(server).status.tools]
         if names and tool not in names:
             raise ServerError(server, f"has no tool {tool!r}; it has: {', '.join(names)}")
-        what, given = f"tool {tool!r}", dict(arguments or {})
+        given = dict(arguments or {})
+        try:
+            to_json(given)  # subtle: to fail while it is sent could end the whole connection
+        except ValueError as error:
+            raise ServerError(server, f"cannot be sent these arguments: {error}") from error
+        return await self.ask(
+            server, lambda client: client.call_tool(tool, given), f"tool {tool!r}"
+        )
+
+    async def ask(
+        self, server: str, request: Callable[[Client], Awaitable[T]], what: str = "the request"
+    ) -> T:
+        """Make any other request: `await hub.ask("git", lambda client: client.list_prompts())`.
+
+        `request` gets the SDK's Client for this one request. Raises ServerError, as `call` does.
+        """
+        owner = self._owner(server)
         self._calls += 1
         try:
-            return await owner.ask(what, lambda c: c.call_tool(tool, given), self._call_timeout)
+            return await owner.ask(what, request, self._call_timeout)
         finally:
             self._calls -= 1
-            self._call_ended.set()
+            self._news.set()
 
     async def check(self, timeout: float = 2.0) -> dict[str, str]:
-        """Ask all servers at once for a sign of life; returns what is wrong, by server.
-
-        A server that has died is noticed by this, or by the next call.
-        """
+        """Ask all servers at once for a sign of life. Return what is wrong, by server."""
         owners = self._owners.values()
         asked = (owner.ask("the health check", _list_tools, timeout) for owner in owners)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         by_name = zip(self._owners, answers, strict=True)
-        return {name: str(answer) for name, answer in by_name if isinstance(answer, BaseException)}
+        return {name: str(answer) for name, answer in by_name if isinstance(answer, Exception)}
 
-    async def _drain(self) -> None:
-        """Take no more calls, and wait for those under way: each of them has a deadline."""
-        self._closed = True
-        while self._calls:
-            self._call_ended.clear()
-            await self._call_ended.wait()
+    def _owner(self, server: str) -> _Owner:
+        if self._closed:
+            raise ServerError(server, "takes no calls any more: its hub is closed")
+        if server not in self._owners:
+            raise ServerError(server, f"is not known; there are: {', '.join(self._owners)}")
+        return self._owners[server]
+
+    def _all_settled(self) -> bool:
+        """Return whether every server is ready, or optional and failed."""
+        for owner in self._owners.values():
+            if owner.required and owner.status.state in ("failed", "lost"):
+                raise ServerError(owner.status.name, f"did not start: {owner.status.error}")
+        return all(owner.settled.is_set() for owner in self._owners.values())
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
+
+class _Connection:
+    """One client of one server, and the two ways to end it."""
+
+    def __init__(self, deadline: float) -> None:
+        self.client: Any = None
+        self.scope = anyio.CancelScope(deadline=deadline)  # around the client: cuts it off
+        self.work = anyio.CancelScope()  # inside the client: has it end its session first
+        self.died = False
+        self.forgotten = False  # the service does not know our session any more
 
 
 class _Owner:
     """Holds one server from start to end, in one task of its own.
 
     A client's cancel scopes belong to the task that entered it, so no other may enter or leave it.
-    Others wait for `settled`, and ask for an end by cancelling `connection` or `life`.
+    Other tasks wait for `settled`, and ask for the end by `leave`.
     """
 
     def __init__(self, name: str, config: ServerConfig | MCPServer[Any], hub: McpHub) -> None:
         self.status = ServerStatus(name)
         self.config, self.hub = config, hub
         self.required = isinstance(config, MCPServer) or config.required
-        self.restarts = int(isinstance(config, ServerConfig) and config.restart)
-        self.client: Client | None = None
-        self.settled = asyncio.Event()
-        self.life, self.connection = anyio.CancelScope(), anyio.CancelScope()
+        self.is_service = isinstance(config, ServerConfig) and config.url is not None
+        self.connection = _Connection(math.inf)
+        self.last_words: deque[str] = deque(maxlen=20)
+        self.tools_changed = asyncio.Event()
+        self.settled = asyncio.Event()  # ready, or given up
+        self.wanted = asyncio.Event()  # by a call, after the service was lost
+        self.leaving = False
+        self.task = asyncio.create_task(self.run(), name=f"MCP {name}")
+
+    def leave(self) -> None:
+        """Have the task leave in an orderly way, within a limit."""
+        self.leaving = True
+        self.wanted.set()
+        if self.status.state == "ready":
+            self.connection.work.cancel()
+        else:
+            # subtle: asyncio's cancellation, which strikes once. A scope's would strike at every
+            # `await` of the cleanup, too; that is for the deadline.
+            self.connection.scope.deadline = anyio.current_time() + LEAVE_TIMEOUT
+            self.task.cancel()
 
     async def run(self) -> None:
-        """Hold the server until `life` is cancelled; hold it anew where it may be restarted."""
-        with self.life:
-            await self.hold()
-            while self.status.state == "restarting":
-                self.restarts -= 1
-                await anyio.sleep(RESTART_DELAY)
-                self.become("starting")
+        """Hold the server, and again whenever it is wanted, until `leave`."""
+        try:
+            while not self.leaving:
+                self.wanted.clear()
                 await self.hold()
-        if self.status.state in ("starting", "ready", "restarting"):
-            self.become("stopped")
+                await self.wanted.wait()
+        finally:
+            if self.status.state in ("starting", "ready"):
+                self.set_status("stopped", pid=None)
 
     async def hold(self) -> None:
-        """Enter, report, wait, leave. Trouble, of whatever kind, ends in the status."""
-        limit, started = self.hub._startup_timeout, time.perf_counter()
-        problem = f"was not ready within {limit:g} s"
-        with stderr_lines(self.status.name) as (errlog, lines):
-            try:
-                with anyio.move_on_after(limit) as self.connection:
-                    async with Client(self.target(errlog)) as self.client:
-                        tools = await _list_tools(self.client)
-                        self.connection.deadline = math.inf
-                        seconds = time.perf_counter() - started
-                        self.become("ready", tools=tools, startup=seconds, error="")
-                        await anyio.sleep_forever()
-            except Exception as error:
-                problem = _cause(error)
-        words = [line.strip(" |+-") for line in lines]  # without the frame of an ExceptionGroup
-        self.ended("; its last words: ".join([problem, *list(filter(None, words))[-1:]]))
+        """Start the server, stay, and note in the status what went wrong.
 
-    def ended(self, problem: str) -> None:
-        """Note that the connection is gone, and have the task leave it."""
-        if self.status.state == "starting":
-            self.become("failed", error=problem)
-        elif self.status.state == "ready":
-            self.become("restarting" if self.restarts else "lost", error=problem)
-        self.connection.cancel()
+        A server that exits or is silent when asked for the newer protocol is started once more
+        with the older one, for the second half of the time.
+        """
+        started, limit = anyio.current_time(), self.hub._startup_timeout
+        attempts = {"auto": limit}  # until when, in seconds from now
+        if isinstance(self.config, ServerConfig):
+            attempts = {self.config.mode: limit}
+            if self.config.mode == "auto":
+                attempts = {"auto": limit / 2, "legacy": limit}
+        for mode, seconds in attempts.items():
+            self.connection = _Connection(started + seconds)
+            problem = await self.hold_once(mode, started)
+            if self.leaving or self.status.state == "ready":
+                break
+        if not self.leaving:
+            state: State = "lost" if self.status.state == "ready" else "failed"
+            self.set_status(state, error=problem, pid=None)
 
-    def become(self, state: State, **changes: Any) -> None:
+    async def hold_once(self, mode: str, started: float) -> str:
+        """Enter a client, report, stay, leave. Return what went wrong."""
+        connection = self.connection
+        problem = f"was not ready within {self.hub._startup_timeout:g} s"
+        self.last_words.clear()
+        try:
+            with connection.scope:
+                target: Any = self.config
+                if isinstance(target, ServerConfig):
+                    target = self.transport(target, connection)
+                client = Client(target, mode=mode, message_handler=self.on_message)
+                async with client as connection.client:
+                    with connection.work:
+                        tools = await _list_tools(client)
+                        connection.scope.deadline = math.inf
+                        seconds = anyio.current_time() - started
+                        self.set_status("ready", tools=tools, startup=seconds, error="")
+                        await self.follow_tools(client)
+                    connection.scope.deadline = anyio.current_time() + LEAVE_TIMEOUT
+            if connection.died:
+                problem = "forgot our session" if connection.forgotten else "ended by itself"
+        except Exception as error:
+            problem = _cause(error)
+        for line in reversed(self.last_words):
+            if words := line.strip(" |+-"):  # without the frame of an ExceptionGroup
+                return f"{problem}; its last words: {words}"
+        return problem
+
+    async def follow_tools(self, client: Client) -> None:
+        """List the tools again whenever the server says that they have changed."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.subscribe, client)
+            while True:
+                await self.tools_changed.wait()
+                self.tools_changed.clear()
+                with suppress(MCPError, ValueError):  # then the old list is the best there is
+                    tools = await _list_tools(client)
+                    if tools != self.status.tools and not self.connection.died:
+                        self.set_status("ready", tools=tools)
+
+    async def subscribe(self, client: Client) -> None:
+        """Ask for changes, as the newer protocol demands. `on_message` hears them, in both."""
+        with suppress(ListenNotSupportedError, MCPError):
+            while True:
+                with suppress(SubscriptionLost):
+                    async with client.listen(tools_list_changed=True) as changes:
+                        self.tools_changed.set()  # perhaps they did before
+                        async for _change in changes:
+                            pass
+                        return
+                await anyio.sleep(1.0)
+
+    async def on_message(self, message: object) -> None:
+        if isinstance(message, ToolListChangedNotification):
+            self.tools_changed.set()
+
+    def set_status(self, state: State, **changes: Any) -> None:
         """Change the status, and wake those who wait for it."""
         self.status = replace(self.status, state=state, **changes)
-        if state in ("starting", "restarting"):
-            self.settled.clear()
-        else:
-            self.settled.set()
-            self.hub._settled.put_nowait(self)
+        self.settled.set()
+        self.hub._news.set()
         self.hub._on_change(self.status)
 
-    async def ask(self, what: str, send: Callable[[Client], Awaitable[T]], limit: float) -> T:
-        """One request, within `limit` seconds, and with errors that name the server."""
-        name, client = self.status.name, None
+    async def ready(self) -> _Connection:
+        """Wait for the connection; if the service was lost, for a new one."""
+        await self.settled.wait()
+        if self.is_service and self.status.state in ("lost", "failed"):
+            self.set_status("starting", error="")
+            self.settled.clear()
+            self.wanted.set()
+            await self.settled.wait()
+        if self.status.state != "ready":
+            raise ServerError(self.status.name, f"is {self.status.state}: {self.status.error}")
+        return self.connection
+
+    async def ask(self, what: str, request: Callable[[Client], Awaitable[T]], limit: float) -> T:
+        """Make one request within `limit` seconds. Every error is a ServerError."""
+        name = self.status.name
         try:
             async with asyncio.timeout(limit):
-                await self.settled.wait()
-                if self.status.state != "ready" or self.client is None:
-                    raise ServerError(name, f"is {self.status.state}: {self.status.error}")
-                client = self.client
-                return await send(client)
+                resent = False
+                while True:
+                    connection = await self.ready()
+                    try:
+                        return await request(connection.client)
+                    except Exception as error:
+                        working = not (connection.died or self.leaving)
+                        if connection.forgotten and working and not resent:
+                            resent = True
+                            self.end(connection)
+                            continue
+                        problem = f"failed at {what}: {_cause(error)}"
+                        if self.leaving:
+                            problem = f"was stopped during {what}"
+                        elif connection.died:
+                            await self.settled.wait()  # until the reason is known
+                            problem = f"died during {what}: {self.status.error}"
+                        raise ServerError(name, problem) from error
         except TimeoutError:
             raise ServerError(name, f"did not answer {what} within {limit:g} s") from None
-        except MCPError as error:
-            if error.code != CONNECTION_CLOSED:
-                raise ServerError(name, f"refused {what}: {error}") from error
-            if self.life.cancel_called:
-                raise ServerError(name, f"was stopped during {what}") from error
-            if client is self.client:  # and not one that was started since
-                self.ended(f"died during {what}")
-            raise ServerError(name, f"died during {what}; it is {self.status.state}") from error
 
-    def target(self, errlog: TextIO) -> Any:
-        """What a Client can be made of: a server in this process, or the way to one outside."""
-        config = self.config
-        if isinstance(config, MCPServer):
-            return config
-        if config.command is None:
-            return sse_client(str(config.url)) if config.type == "sse" else str(config.url)
-        program = StdioServerParameters(
-            command=config.command, args=config.args, env=config.env, cwd=config.cwd
-        )
-        return self.child(program, errlog)
+    def end(self, connection: _Connection) -> None:
+        """Have the task leave a dead connection, unless it is leaving already."""
+        if not (self.leaving or connection.scope.cancel_called):
+            connection.died = True
+            self.settled.clear()
+            connection.scope.cancel()
 
     @asynccontextmanager
-    async def child(self, program: StdioServerParameters, errlog: TextIO) -> AsyncIterator[Any]:
-        """The SDK's stdio_client, with the child's process id in the status."""
-        async with AsyncExitStack() as stack:
-            stack.callback(self.forget_child)
-            # subtle: cancelled between fork and exec, it would leave the child behind for a moment.
-            self.connection.shield = True
-            streams = await stack.enter_async_context(stdio_client(program, errlog))
-            self.connection.shield = False
-            self.status = replace(self.status, pid=_pid_of(errlog))
-            yield streams
+    async def transport(
+        self, config: ServerConfig, connection: _Connection
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        """Open the way to a server outside; yield the streams to read and to write."""
 
-    def forget_child(self) -> None:
-        """Kill what is left of the child's process group: what the child itself started, or the
-        child, too, if a second Ctrl-C cut its exit short.
-        """
-        if self.status.pid is not None:
-            with suppress(OSError):  # there is nothing left
-                os.killpg(self.status.pid, signal.SIGKILL)
-            self.status = replace(self.status, pid=None)
+        async def on_response(response: httpx2.Response) -> None:
+            # By the specification, 404 means that our session is over, and that we must initialise
+            # a new one. Many servers answer 400 instead, and name the session in their words.
+            request = response.request
+            if request.method == "POST" and "mcp-session-id" in request.headers:
+                if response.status_code == 404:
+                    connection.forgotten = True
+                elif response.status_code == 400:
+                    connection.forgotten = b"session" in (await response.aread()).lower()
+
+        url, headers = str(config.url), config.headers
+        async with AsyncExitStack() as stack:
+            if config.url is None:
+                way = _run_child(config, self.on_stderr, self.on_start)
+            elif config.type == "sse":
+                way = sse_client(url, headers=headers)
+            else:
+                http = await stack.enter_async_context(create_mcp_http_client(headers=headers))
+                http.event_hooks["response"].append(on_response)
+                way = streamable_http_client(url, http_client=http)
+            read, write = await stack.enter_async_context(way)
+            yield _Watched(read, lambda: self.end(connection)), write
+
+    def on_start(self, pid: int) -> None:
+        self.status = replace(self.status, pid=pid)
+
+    def on_stderr(self, line: str) -> None:
+        self.last_words.append(line)
+        logging.getLogger(f"mcp_hub.{self.status.name}").info(line)
+
+
+class _Watched(AsyncExitStack):
+    """A read stream that reports when the client stops reading it: the connection has ended.
+
+    An error code cannot tell that, since a healthy server may answer with any code.
+    """
+
+    def __init__(self, stream: Any, on_end: Callable[[], None]) -> None:
+        super().__init__()
+        self._stream = stream
+        self.push_async_exit(stream)
+        self.callback(on_end)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return aiter(self._stream)
+
+
+@asynccontextmanager
+async def _run_child(
+    config: ServerConfig, on_stderr: Callable[[str], None], on_start: Callable[[int], None]
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Start a server as a child process; yield the streams of messages from it and to it.
+
+    To end it, close its input, then send SIGTERM, then kill what is left of its process group.
+    The SDK's `stdio_client` keeps the process to itself, and asyncio reaps it: then another process
+    may get its id. Here nobody reaps the child before its group has been killed.
+    """
+    process: Any = _start(config)
+    # subtle: no `await` from here to the first callback. A cancellation would leave the child.
+    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+    incoming, from_child = anyio.create_memory_object_stream[SessionMessage]()
+    to_child, outgoing = anyio.create_memory_object_stream[SessionMessage]()
+
+    async def read() -> None:
+        unfinished = bytearray()
+        while chunk := await _next_bytes(stdout):
+            unfinished += chunk
+            if b"\n" in chunk:
+                *lines, unfinished = unfinished.split(b"\n")
+                for line in lines:
+                    await receive(line.decode(errors="replace"))
+            elif len(unfinished) > LONGEST_LINE:
+                on_stderr(f"a line on stdout has more than {LONGEST_LINE} bytes")
+                return
+
+    async def receive(line: str) -> None:
+        try:
+            message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+        except ValueError:
+            on_stderr(f"on stdout, but not a message: {line:.200}")
+            return
+        with suppress(anyio.BrokenResourceError):  # nobody listens any more
+            await incoming.send(SessionMessage(message))
+
+    async def write() -> None:
+        os.set_blocking(stdin.fileno(), False)
+        async for item in outgoing:
+            message = item.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            data = memoryview(json.dumps(message).encode() + b"\n")
+            while data:
+                await anyio.wait_writable(stdin)
+                data = data[stdin.write(data) or 0 :]
+
+    async def listen() -> None:
+        while chunk := await _next_bytes(stderr):  # a line in two pieces counts as two
+            for line in chunk.decode(errors="replace").splitlines():
+                on_stderr(line)
+
+    async def watch() -> None:
+        await asyncio.wait({exited, reading, writing}, return_when=asyncio.FIRST_COMPLETED)
+        # Its last message may still be in the pipe, which what it has started may hold open.
+        await asyncio.wait({reading}, timeout=0.5)
+        incoming.close()
+        outgoing.close()
+
+    async def ask_to_exit() -> None:
+        with anyio.CancelScope(shield=True):
+            writing.cancel()
+            await asyncio.wait({writing})
+            stdin.close()
+            await asyncio.wait({exited}, timeout=EXIT_TIMEOUT)
+            if not exited.done():
+                kill_group(signal.SIGTERM)
+                await asyncio.wait({exited}, timeout=EXIT_TIMEOUT)
+
+    def kill_group(number: signal.Signals) -> None:
+        with suppress(OSError):  # on macOS, if nobody but the child is left
+            os.killpg(process.pid, number)
+
+    async def end_tasks() -> None:
+        for task in tasks:
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    jobs = (_exit_of(process), read(), write(), listen(), watch())
+    exited, reading, writing, *_others = tasks = [asyncio.create_task(job) for job in jobs]
+    async with AsyncExitStack() as stack:
+        stack.callback(process.wait, 1.0)
+        for stream in (stdin, stdout, stderr, incoming, from_child, to_child, outgoing):
+            stack.enter_context(stream)
+        stack.push_async_callback(end_tasks)
+        stack.callback(kill_group, signal.SIGKILL)
+        stack.push_async_callback(ask_to_exit)
+        on_start(process.pid)
+        yield from_child, to_child
+
+
+def _start(config: ServerConfig) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(config.command), *config.args],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=get_default_environment() | config.env,
+        cwd=config.cwd,
+        start_new_session=True,
+    )
+
+
+async def _next_bytes(pipe: IO[bytes]) -> bytes:
+    """Wait until there is something to read; return b"" at the end."""
+    await anyio.wait_readable(pipe)
+    return os.read(pipe.fileno(), 65_536)
+
+
+async def _exit_of(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a child has ended. Linux can do so without reaping it: its id stays taken."""
+    if hasattr(os, "pidfd_open"):
+        with FileIO(os.pidfd_open(process.pid)) as descriptor:
+            await anyio.wait_readable(descriptor)
+        return
+    while True:
+        if process.poll() is not None:
+            return
+        await anyio.sleep(0.02)
 
 
 @asynccontextmanager
 async def connect(
     servers: Mapping[str, ServerConfig | MCPServer[Any]],
     *,
-    startup_timeout: float = 10.0,
+    startup_timeout: float = 30.0,
     call_timeout: float = 30.0,
     on_change: Callable[[ServerStatus], None] = lambda status: None,
 ) -> AsyncIterator[McpHub]:
     """Start all servers at the same time; yield a hub to call them; end every one of them.
 
-    Each has `startup_timeout` seconds to be ready. A required one that fails raises ServerError,
-    once the others are stopped; an optional one is told in `statuses`. Every call has
-    `call_timeout` seconds. `on_change` sees each new status, and must not raise. An MCPServer
-    serves right here, in this process.
+    Each has `startup_timeout` seconds to be ready. If a required one fails, the others are stopped
+    and ServerError is raised; an optional one that fails is only shown in `statuses`. A call has
+    `call_timeout` seconds. `on_change` is called with each new status, even if an idle child dies;
+    it must not raise. An MCPServer runs right here, in this process.
 
-    Leaving waits for the calls under way, if the body ended well, and then for all children to end,
-    though the caller be cancelled. One that ignores end-of-input and SIGTERM is killed after 4 s.
+    If the body ends well, calls under way may finish first. All servers are left politely, even if
+    the caller is cancelled: a session is ended and a lifespan runs to its end, for up to 5 s. A
+    child that ignores the end of its input for 2 s gets SIGTERM, and 2 s later it is killed, with
+    everything in its process group. A process that has left the group survives.
     """
     hub = McpHub(startup_timeout, call_timeout, on_change)
-    hub._owners = {name: _Owner(name, config, hub) for name, config in servers.items()}
-    owners = hub._owners.values()
-    # subtle: not a TaskGroup. It would cancel the body when one owner fails, and wrap what the body
-    # raises in an ExceptionGroup; and when cancelled it would cancel the owners, in the middle of
-    # whatever clean-up they are at. These tasks are only ever asked.
-    tasks = {asyncio.create_task(owner.run(), name=f"MCP {owner.status.name}") for owner in owners}
     try:
-        await _all_settled(hub)
+        # subtle: not a TaskGroup. It would cancel the body when one owner fails, wrap what the body
+        # raises, and cancel the owners in the middle of their cleanup. These are only asked.
+        for name, config in servers.items():
+            if isinstance(config, MCPServer) or not config.disabled:
+                hub._owners[name] = _Owner(name, config, hub)
+        await hub._until(hub._all_settled)
         yield hub
-        await hub._drain()
+        hub._closed = True
+        await hub._until(lambda: hub._calls == 0)  # each of them has a deadline
     finally:
         hub._closed = True
-        for owner in owners:
-            owner.life.cancel()
-        await _all_ended(tasks)
-
-
-async def _all_settled(hub: McpHub) -> None:
-    """Wait until every server is ready, or optional and failed."""
-    waiting = set(hub._owners)
-    while waiting:
-        owner = await hub._settled.get()
-        if owner.required and owner.status.state != "ready":
-            raise ServerError(owner.status.name, f"did not start: {owner.status.error}")
-        waiting.discard(owner.status.name)
+        for owner in hub._owners.values():
+            owner.leave()
+        await _all_ended({owner.task for owner in hub._owners.values()})
 
 
 async def _all_ended(tasks: set[asyncio.Task[None]]) -> None:
-    """Wait for every owner; a cancellation of the waiting is kept until they have ended."""
-    cancelled = False
-    while tasks:
-        try:
-            _done, tasks = await asyncio.wait(tasks)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
+    """Wait for every task even if cancelled, by asyncio or by anyio; then re-raise."""
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):  # subtle: without, anyio would cancel it again and again
+        while tasks:
+            try:
+                _done, tasks = await asyncio.wait(tasks)
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+@contextmanager
+def cancelled_by_signals() -> Iterator[None]:
+    """Cancel this task on SIGINT (Ctrl-C), SIGTERM or SIGHUP, then raise KeyboardInterrupt.
+
+    Put it around `connect`, in the main task. By default, SIGTERM and SIGHUP end Python without
+    cleanup, a second Ctrl-C interrupts the cleanup, and a shell's background job ignores Ctrl-C.
+    Raises ValueError outside the main thread.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def cancel(number: signal.Signals) -> None:
+        received.append(number)
+        task.cancel()
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number in before:
+            loop.add_signal_handler(number, cancel, number)
+        yield
+    except asyncio.CancelledError:
+        if not received:
+            raise
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 async def _list_tools(client: Client) -> tuple[Tool, ...]:
-    page = await client.list_tools(cache_mode="bypass")
-    tools = page.tools
-    while page.next_cursor:
-        page = await client.list_tools(cursor=page.next_cursor)
+    """Return all tools, page by page. Raises ValueError if there is always another page."""
+    tools: list[Tool] = []
+    cursor = None
+    for _page in range(MOST_PAGES):
+        page = await client.list_tools(cursor=cursor, cache_mode="bypass")
         tools += page.tools
-    return tuple(tools)
+        cursor = page.next_cursor
+        if not cursor:
+            return tuple(tools)
+    raise ValueError(f"its list of tools has no end: there is more after {MOST_PAGES} pages")
 
 
 def _cause(error: BaseException) -> str:
-    """What is at the bottom of nested ExceptionGroups, in the reader's terms."""
+    """Return what is at the bottom of nested ExceptionGroups, in the reader's terms."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, MCPError) and error.code == CONNECTION_CLOSED:
+    if isinstance(error, MCPError) and error.message == "Connection closed":  # the SDK's words
         return "ended by itself"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}"
     return f"{type(error).__name__}: {error}"
 
 
-def child_pids(whose: str = "thread-self") -> set[int]:
-    """The children of this thread, or, by `self/task/*`, of all; none where there is no /proc."""
-    listings = Path("/proc").glob(f"{whose}/children")
-    return {int(pid) for listing in listings for pid in listing.read_text().split()}
-
-
-def _pid_of(errlog: TextIO) -> int | None:
-    """The child whose stderr this is, known by its pipe; the SDK keeps the process id to itself."""
-    for pid in child_pids():
-        with suppress(OSError):  # it has ended
-            if os.path.samestat(os.stat(f"/proc/{pid}/fd/2"), os.fstat(errlog.fileno())):
-                return pid
-    return None
-
-
-@contextmanager
-def stderr_lines(server: str) -> Iterator[tuple[TextIO, deque[str]]]:
-    """A stderr of its own for one child, and its latest lines; each is logged beside its name."""
-    stderr_log, lines = logging.getLogger(f"mcp_hub.{server}"), deque[str](maxlen=20)
-
-    def drain() -> None:  # a line that arrives in two pieces counts as two
-        for line in (reader.read(65_536) or b"").decode(errors="replace").splitlines():
-            lines.append(line)
-            stderr_log.info(line)
-
-    read_end, write_end = os.pipe()
-    os.set_blocking(read_end, False)
-    with open(read_end, "rb", buffering=0) as reader, open(write_end, "w") as sink:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(reader, drain)
-        try:
-            yield sink, lines
-        finally:
-            loop.remove_reader(reader)
-            drain()  # what a dying child said last
-
-
-# --- Two servers of our own; `serve NAME` makes this file one of them ---
+# --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 log = logging.getLogger("workshop.server")
 
@@ -548,8 +869,6 @@ async def serve_http(server: MCPServer[Any], port: int) -> None:
         await uvicorn.Server(config).serve(sockets=[listening])
 
 
-# --- Demos: each runs a broken version, then a right one. Copy what is above into production. ---
-
 GIT = ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=no"]
 
 
@@ -571,6 +890,12 @@ def workspace() -> Iterator[Path]:
         servers = {n: {"command": sys.executable, "args": args} for n, args in arguments.items()}
         Path(folder, "mcp.json").write_text(json.dumps({"mcpServers": servers}))
         yield Path(folder)
+
+
+def child_pids(whose: str = "thread-self") -> set[int]:
+    """The children of this thread, or, by `self/task/*`, of all; none where there is no /proc."""
+    listings = Path("/proc").glob(f"{whose}/children")
+    return {int(pid) for listing in listings for pid in listing.read_text().split()}
 
 
 def census() -> str:
@@ -611,6 +936,7 @@ async def shown(servers: Mapping[str, ServerConfig]) -> AsyncIterator[McpHub]:
 
     async with AsyncExitStack() as stack:
         with Live(console=console, auto_refresh=False, transient=True) as live:
+            stack.enter_context(cancelled_by_signals())
             hub = await stack.enter_async_context(connect(servers, on_change=show))
         console.print(status_table(hub.statuses))
         yield hub
@@ -758,7 +1084,6 @@ def demo_development() -> None:
 
     All four are required. What a server writes to stderr is shown beside its name. Then one is
     killed in the middle of a call: that call fails and names the server, and the others go on.
-    With `"restart": true` in its configuration, the next call would find it alive again.
     """
     with workspace() as folder:
         servers = load_config(folder / "mcp.json")
@@ -891,20 +1216,6 @@ async def show_config(path: str) -> None:
             say(", ".join(tool.name for tool in tools), f"{name}: ")
 
 
-@contextmanager
-def polite_ends_as_ctrl_c() -> Iterator[None]:
-    """Clean up on SIGTERM and when the terminal is closed, too: by default both just end Python."""
-    polite = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {each: signal.getsignal(each) for each in polite}
-    try:
-        for each in polite:
-            signal.signal(each, lambda *_arguments: signal.raise_signal(signal.SIGINT))
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
 DEMOS = (
     demo_forgotten,
     demo_gather,
@@ -923,7 +1234,7 @@ KEY_POINTS = """\
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
-    """Parse the command line; run `--config` and exit. SIGTERM and SIGHUP act like Ctrl-C."""
+    """Parse the command line; run `--config` and exit."""
     parser.add_argument("--config", metavar="FILE", help=_("start the servers of FILE instead"))
     options = parser.parse_args()
     if not options.config and not shutil.which("git"):
@@ -933,11 +1244,10 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     stderr_log.propagate = False
     stderr_log.handlers = [BesideItsName()]
     try:
-        with polite_ends_as_ctrl_c():
-            if options.config:
-                asyncio.run(show_config(options.config))
-                parser.exit()
-            yield options
+        if options.config:
+            asyncio.run(show_config(options.config))
+            parser.exit()
+        yield options
     except (ConfigError, ServerError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import os
+import pickle
 import re
-import select
-import shutil
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import mcp.client.stdio
-import mcp.shared.jsonrpc_dispatcher
+import anyio
 import pytest
 import uvicorn
 from conftest import chapter_path, child_processes, load_chapter, open_descriptors
 from contract import ASYNC_WAYS, Subject, Way
-from mcp import Client, MCPError, StdioServerParameters
-from mcp.types import CONNECTION_CLOSED
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
 
 chapter: Any = load_chapter(8)
 ServerError = chapter.ServerError
@@ -46,53 +45,71 @@ if "ignores-sigterm" in words:
 if "crashes" in words:
     sys.exit("no luck at all\\n  | no luck today\\n  +------\\n")
 if "spawns" in words:
-    subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    subprocess.Popen(["sleep", "1000"])  # which holds all three pipes
 for word in words:
-    if word.startswith("once="):  # works the first time; crashes when it is started again
-        if os.path.exists(word[5:]):
-            sys.exit("not again")
-        open(word[5:], "w").close()
     if word.startswith("meets="):  # answers no one until so many others have come, too
         folder, number = word[6:].split(",")
         open(os.path.join(folder, str(os.getpid())), "w").close()
         while len(os.listdir(folder)) < int(number):
             time.sleep(0.002)
 
-def reply(request, **answer):
-    print(json.dumps({"jsonrpc": "2.0", "id": request["id"], **answer}), flush=True)
+tools = [{"name": name, "inputSchema": {"type": "object"}} for name in
+         "echo pid dies waits grows refuses lies babbles garbles".split()]
+tools[6]["outputSchema"] = {"type": "object", "required": ["truth"]}
+
+def send(**message):
+    print(json.dumps({"jsonrpc": "2.0", **message}), flush=True)
+
+def call(name, arguments):
+    text, more = json.dumps(arguments), {}
+    if name == "pid":
+        text = str(os.getpid())
+    elif name == "dies":
+        print("so long", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "waits":
+        print("waiting", file=sys.stderr, flush=True)
+        return {}
+    elif name == "grows":
+        tools.append({"name": "grown", "inputSchema": {"type": "object"}})
+        send(method="notifications/tools/list_changed")
+    elif name == "refuses":
+        return {"error": {"code": -32000, "message": "not today"}}
+    elif name == "lies":
+        more = {"structuredContent": {"lie": 1}}
+    elif name == "garbles":
+        os.write(1, b"\\xff is not a message\\n")
+    while name == "babbles":
+        os.write(1, b"x" * 65536)
+    return {"result": {"content": [{"type": "text", "text": text}], **more}}
 
 for line in sys.stdin:
     request = json.loads(line)
-    method = request["method"]
+    method, params = request["method"], request.get("params", {})
+    answer = {"error": {"code": -32601, "message": "no such method"}}
     if f"silent-at={method}" in words:
-        if "tells" in words:
-            print("silent", file=sys.stderr, flush=True)
-        continue
-    if "id" not in request:
+        print("silent", file=sys.stderr, flush=True)
         continue
     if f"dies-at={method}" in words:
         os._exit(3)
     if method == "initialize":
         info, version = {"name": "quick", "version": "1"}, "2025-11-25"
         result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": info}
-        reply(request, result=result)
+        answer = {"result": result}
     elif method == "tools/list":
-        page = request.get("params", {}).get("cursor")
-        names = ["waits", "kills"] if page else ["echo", "pid", "dies"]
-        tools = [{"name": name, "inputSchema": {"type": "object"}} for name in names]
-        reply(request, result={"tools": tools} if page else {"tools": tools, "nextCursor": "2"})
+        page = int(params.get("cursor", 0))
+        answer = {"result": {"tools": tools[3 * page:][:3]}}
+        if 3 * page + 3 < len(tools) or "endless" in words:
+            answer["result"]["nextCursor"] = str(0 if "repeats" in words else page + 1)
     elif method == "tools/call":
-        name, given = request["params"]["name"], request["params"].get("arguments")
-        if name == "dies":
-            print("so long", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        text = str(os.getpid()) if name == "pid" else json.dumps(given)
-        if name == "waits":
-            print("waiting", file=sys.stderr, flush=True)
-            continue
-        reply(request, result={"content": [{"type": "text", "text": text}]})
-    else:
-        reply(request, error={"code": -32601, "message": "no such method"})
+        answer = call(params["name"], params.get("arguments"))
+    if "id" in request and answer:
+        send(id=request["id"], **answer)
+for word in words:
+    if word.startswith("farewell="):
+        for _line in range(3000):  # more than a pipe holds
+            send(method="notifications/farewell")
+        open(word[9:], "w").close()
 while "ignores-eof" in words:
     time.sleep(1000)
 """
@@ -112,7 +129,8 @@ def quick_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(quick_path: Path) -> Iterator[Quick]:
     """Makes the configuration of a quick server that misbehaves in the given ways.
 
-    After the test no such server may be alive, whoever its parent is by then.
+    It speaks the older protocol, so "auto" asks it once for the newer one in vain. After the test
+    no such server may be alive, whoever its parent is by then.
     """
 
     def config(*words: str, **options: Any) -> Any:
@@ -127,11 +145,9 @@ def processes(wanted: Callable[[int], bool]) -> set[int]:
     """All processes of this machine that are wanted."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             if wanted(int(entry.name)):
                 found.add(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # it ended meanwhile
     return found
 
 
@@ -139,15 +155,21 @@ def commands(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def group_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[2])
+def living_group(leader: int) -> set[int]:
+    """The processes of a group that have not ended: a killed orphan is init's to bury."""
+
+    def belongs(pid: int) -> bool:
+        state, _parent, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+        return int(group) == leader and state != "Z"
+
+    return processes(belongs)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SDK gives a server 0.1 s each to heed end-of-input and SIGTERM, instead of 2 s."""
-    monkeypatch.setattr(mcp.client.stdio, "PROCESS_TERMINATION_TIMEOUT", 0.1)
-    monkeypatch.setattr(mcp.client.stdio, "FORCE_KILL_TIMEOUT", 0.1)
+    """A child has 0.1 s each to heed the end of its input and SIGTERM, instead of 2 s."""
+    monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 0.1)
+    monkeypatch.setattr("mcp.shared.jsonrpc_dispatcher._ABANDON_WRITE_TIMEOUT", 0.1)
 
 
 def left() -> dict[Any, str]:
@@ -157,12 +179,12 @@ def left() -> dict[Any, str]:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the servers of a test say on stderr, line by line."""
+    """What the servers of a test say on stderr, each line with the name of its logger."""
     lines: list[str] = []
 
     class Listening(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
+            lines.append(f"{record.name}: {record.getMessage()}")
 
     logger, handler = logging.getLogger("mcp_hub"), Listening()
     level = logger.level
@@ -171,19 +193,6 @@ def said() -> Iterator[list[str]]:
     yield lines
     logger.setLevel(level)
     logger.removeHandler(handler)
-
-
-async def turns(number: int) -> None:
-    """Let the event loop go round."""
-    for _turn in range(number):
-        await asyncio.sleep(0)
-
-
-def unread(port: int) -> bool:
-    """Whether bytes have arrived at a local port that its process has not read."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    queues = [row[4].split(":")[1] for row in rows if row[1].endswith(f":{port:04X}")]
-    return any(int(queue, 16) for queue in queues)
 
 
 async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
@@ -195,7 +204,11 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 def text_of(result: Any) -> str:
-    return str(chapter.text_of(result))
+    return "\n".join(part.text for part in result.content)
+
+
+async def echo(hub: Any, server: str = "a") -> None:
+    assert text_of(await hub.call(server, "echo", {"n": 1})) == '{"n": 1}'
 
 
 # --- Configuration ---
@@ -207,20 +220,31 @@ def written(folder: Path, document: object) -> Path:
     return path
 
 
-def test_a_hosts_file_is_read_and_its_own_keys_are_passed_over(tmp_path: Path) -> None:
+def test_a_hosts_file_is_read_and_its_variables_are_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOST", "example.org")
     servers = {
-        "a": {"command": "x", "args": ["1"], "env": {"K": "v"}, "cwd": "/", "restart": True},
-        "b": {"url": "http://localhost:8000/mcp", "required": False, "disabled": False},
-        "c": {"type": "sse", "url": "https://example.org/sse"},
+        "a": {"command": "${HOST}", "args": ["-h ${HOST}"], "env": {"K": "${HOST}"}, "cwd": "/"},
+        "b": {"url": "http://${HOST}/mcp", "headers": {"X": "${HOST}"}, "required": False},
+        "c": {"type": "sse", "url": "https://example.org/sse", "mode": "legacy"},
+        "off": {"command": "${NOT_SET}", "disabled": True},
     }
-    a, b, c = chapter.load_config(
-        written(tmp_path, {"mcpServers": servers, "theme": "dark"})
-    ).values()
-    assert (a.command, a.args, a.env, a.cwd, a.restart) == ("x", ["1"], {"K": "v"}, "/", True)
-    assert (a.required, b.required, b.restart) == (True, False, False)
-    assert (str(b.url), c.type) == ("http://localhost:8000/mcp", "sse")
+    path = written(tmp_path, {"mcpServers": servers, "theme": "dark"})
+    a, b, c = chapter.load_config(path).values()
+    assert (a.command, a.args, a.cwd) == ("example.org", ["-h example.org"], "/")
+    assert (a.env, b.headers) == ({"K": "example.org"}, {"X": "example.org"})
+    assert (str(b.url), c.type) == ("http://example.org/mcp", "sse")
+    assert (a.mode, c.mode, a.required, b.required) == ("auto", "legacy", True, False)
     with pytest.raises(AttributeError):
         a.command = "y"
+    assert chapter.ServerConfig(command="${HOST}").command == "${HOST}"  # not from a file
+
+
+def test_an_unknown_key_is_a_warning(tmp_path: Path, said: list[str]) -> None:
+    path = written(tmp_path, {"mcpServers": {"git": {"command": "x", "argz": []}}})
+    assert list(chapter.load_config(path)) == ["git"]
+    assert said == [f"mcp_hub: {path}: mcpServers.git: unknown key 'argz'"]
 
 
 BAD = {
@@ -231,21 +255,23 @@ BAD = {
     "server not an object": ({"mcpServers": {"git": 3}}, ["mcpServers.git", "object", "not 3"]),
     "command": ({"mcpServers": {"git": {"command": 3}}}, ["git.command", "string", "not 3"]),
     "args": ({"mcpServers": {"git": {"command": "x", "args": "y"}}}, ["git.args", "not 'y'"]),
-    "an argument": ({"mcpServers": {"git": {"command": "x", "args": [7]}}}, ["git.args.0", "7"]),
-    "env": ({"mcpServers": {"git": {"command": "x", "env": {"K": 1}}}}, ["git.env.K", "string"]),
-    "cwd": ({"mcpServers": {"git": {"command": "x", "cwd": []}}}, ["git.cwd", "string"]),
-    "required": ({"mcpServers": {"git": {"command": "x", "required": 1}}}, ["git.required", "1"]),
-    "restart": ({"mcpServers": {"git": {"command": "x", "restart": "no"}}}, ["git.restart"]),
+    "disabled": ({"mcpServers": {"git": {"command": "x", "disabled": 1}}}, ["git.disabled"]),
+    "mode": ({"mcpServers": {"git": {"command": "x", "mode": "old"}}}, ["git.mode", "'old'"]),
     "url": ({"mcpServers": {"git": {"url": "localhost:80"}}}, ["git.url", "localhost:80"]),
-    "port": ({"mcpServers": {"git": {"url": "http://localhost:x/"}}}, ["git.url", "port"]),
     "type": ({"mcpServers": {"git": {"url": "http://h/", "type": "ws"}}}, ["git.type", "'ws'"]),
     "neither": ({"mcpServers": {"git": {}}}, ["git", "either a command"]),
     "both": ({"mcpServers": {"git": {"command": "x", "url": "http://h/"}}}, ["git", "either"]),
+    "http command": ({"mcpServers": {"git": {"command": "x", "type": "http"}}}, ["git", "'http'"]),
+    "stdio url": ({"mcpServers": {"git": {"url": "http://h/", "type": "stdio"}}}, ["'stdio'"]),
+    "unset": (
+        {"mcpServers": {"git": {"command": "x", "args": ["${NOT_SET}"]}}},
+        ["git.args.0", "the environment variable NOT_SET is not set"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("document", "words"), BAD.values(), ids=BAD)
-def test_a_bad_configuration_is_one_line_that_names_file_server_and_key(
+def test_a_bad_configuration_is_one_line_that_names_the_key(
     tmp_path: Path, document: object, words: list[str]
 ) -> None:
     path = written(tmp_path, document)
@@ -262,80 +288,36 @@ def test_a_configuration_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         chapter.load_config(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"command": "no-such-program"}, "MCP server 'git' did not start: No such file"),
-        ({"command": 3}, "mcpServers.git.command: Input should be a valid string, not 3"),
-    ],
-)
-def test_on_the_command_line_a_bad_configuration_is_one_line_and_status_2(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    entry: object,
-    words: str,
-) -> None:
-    path = written(tmp_path, {"mcpServers": {"git": entry}})
-    monkeypatch.setattr(sys, "argv", ["08_local_mcp_integration.py", "--config", str(path)])
-    with pytest.raises(SystemExit) as left_by:
-        chapter.main()
-    assert left_by.value.code == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+@pytest.mark.asyncio
+async def test_disabled_or_no_servers_are_a_hub_without_tools(quick: Quick) -> None:
+    async with chapter.connect({"off": quick(disabled=True)}) as hub:
+        assert (hub.statuses, hub.tools, await hub.check()) == ({}, {}, {})
 
 
 # --- The contract ---
 
 
-class Opened:
-    """Opens hubs; the oracle tells what is there that was not there before the first of them."""
-
-    def __init__(self, **servers: Any) -> None:
-        self.servers = servers
-        self.before: dict[Any, str] | None = None
-
-    def hub(self, **options: Any) -> Any:
-        if self.before is None:  # here, since the event loop has descriptors of its own
-            self.before = left()
-        return chapter.connect(self.servers, **options)
-
-    def leaks(self) -> object:
-        before = self.before
-        return None if before is None else {k: v for k, v in left().items() if k not in before}
-
-
-async def echo(hub: Any) -> None:
-    assert text_of(await hub.call("a", "echo", {"n": 1})) == '{"n": 1}'
-
-
-@contextmanager
-def command_of(config: Any, command: str) -> Iterator[None]:
-    """Have a server's configuration name another program for a while."""
-    before = config.command
-    object.__setattr__(config, "command", command)
-    try:
-        yield
-    finally:
-        object.__setattr__(config, "command", before)
-
-
 @pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
 def test_the_hub_keeps_the_cleanup_contract(way: Way, quick: Quick) -> None:
-    opened = Opened(a=quick(), b=(other := quick()))
-    way(
-        Subject(
-            open=opened.hub,
-            leaks=opened.leaks,
-            use=echo,
-            closed_error=ServerError,
-            setup_faults=[
-                lambda: command_of(other, "/no/such/program"),
-                lambda: command_of(other, "false"),
-            ],
-        )
+    servers = {"a": quick(mode="legacy"), "b": (other := quick())}
+    before: dict[Any, str] = {}
+
+    def connected() -> Any:
+        before.update({} if before else left())  # here: the event loop has descriptors of its own
+        return chapter.connect(servers)
+
+    faults = [
+        lambda: mock.patch.dict(vars(other), command="/no/such/program"),
+        lambda: mock.patch.dict(vars(other), command="false"),
+    ]
+    subject = Subject(
+        open=connected,
+        leaks=lambda: {key: what for key, what in left().items() if before and key not in before},
+        use=echo,
+        closed_error=ServerError,
+        setup_faults=faults,
     )
+    way(subject)
 
 
 # --- Starting ---
@@ -350,36 +332,31 @@ async def test_servers_start_at_the_same_time(quick: Quick, tmp_path: Path) -> N
 
 
 @pytest.mark.asyncio
-async def test_the_status_tells_pid_tools_and_start_up_time(quick: Quick) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        for name, status in hub.statuses.items():
-            assert (status.name, status.state, status.error) == (name, "ready", "")
-            assert status.pid == int(text_of(await hub.call(name, "pid")))
-            assert status.startup > 0
-        assert hub.statuses["a"].pid != hub.statuses["b"].pid
-    assert {(s.state, s.pid) for s in hub.statuses.values()} == {("stopped", None)}
-
-
-@pytest.mark.asyncio
-async def test_tools_are_listed_to_the_last_page(quick: Quick) -> None:
-    async with chapter.connect({"a": quick()}) as hub:
-        assert [tool.name for tool in hub.tools["a"]] == ["echo", "pid", "dies", "waits", "kills"]
-        assert hub.statuses["a"].tools == hub.tools["a"]
-
-
-@pytest.mark.asyncio
-async def test_every_change_of_status_is_told(quick: Quick) -> None:
-    told: list[tuple[str, str]] = []
+async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
+    changes: list[tuple[str, str]] = []
     servers = {"a": quick(), "b": quick("crashes", required=False)}
-    async with chapter.connect(servers, on_change=lambda s: told.append((s.name, s.state))):
-        pass
-    assert sorted(told) == [("a", "ready"), ("a", "stopped"), ("b", "failed")]
+    async with chapter.connect(
+        servers, on_change=lambda s: changes.append((s.name, s.state))
+    ) as hub:
+        status = hub.statuses["a"]
+        assert (status.name, status.state, status.error) == ("a", "ready", "")
+        assert status.pid == int(text_of(await hub.call("a", "pid")))
+        assert status.startup > 0
+        assert [tool.name for tool in status.tools][-1:] == ["garbles"]  # on the last page
+        assert hub.tools == {"a": status.tools}
+    assert sorted(changes) == [("a", "ready"), ("a", "stopped"), ("b", "failed")]
+    assert {status.pid for status in hub.statuses.values()} == {None}
 
 
+@pytest.mark.parametrize("probed", ["silent", "dies"])
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_no_servers_at_all_are_a_hub_without_tools() -> None:
-    async with chapter.connect({}) as hub:
-        assert (hub.statuses, hub.tools, await hub.check()) == ({}, {}, {})
+async def test_a_server_that_cannot_bear_the_newer_protocol_gets_the_older(
+    quick: Quick, probed: str
+) -> None:
+    servers = {"a": quick(f"{probed}-at=server/discover", "ignores-eof")}
+    async with chapter.connect(servers, startup_timeout=4.0) as hub:
+        await echo(hub)
 
 
 # In each case: how the server misbehaves, and what the user is told.
@@ -387,71 +364,63 @@ BAD_STARTS = {
     "missing program": (["command"], "No such file or directory: no-such-program"),
     "missing directory": (["cwd"], "No such file or directory: /no/such/folder"),
     "crash": (["crashes"], "ended by itself; its last words: no luck today"),
-    "crash at discover": (["dies-at=server/discover"], "ended by itself"),
     "crash at initialize": (["dies-at=initialize"], "ended by itself"),
     "crash at tools/list": (["dies-at=tools/list"], "ended by itself"),
-    "silent": (["silent-at=server/discover"], "was not ready within 0.2 s"),
-    "silent at initialize": (["silent-at=initialize"], "was not ready within 0.2 s"),
-    "silent at tools/list": (["silent-at=tools/list"], "was not ready within 0.2 s"),
-    "silent and deaf": (
-        ["silent-at=server/discover", "ignores-eof", "ignores-sigterm"],
-        "was not ready within 0.2 s",
+    "silent at initialize": (
+        ["silent-at=initialize", "ignores-eof", "ignores-sigterm"],
+        "was not ready within 0.4 s",
+    ),
+    "silent at tools/list": (["silent-at=tools/list"], "was not ready within 0.4 s"),
+    "endless list": (
+        ["endless"],
+        "ValueError: its list of tools has no end: there is more after 100 pages",
+    ),
+    "repeated cursor": (
+        ["repeats"],
+        "ValueError: its list of tools has no end: there is more after 100 pages",
     ),
 }
-bad_starts = pytest.mark.parametrize(("words", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
 
 
-def bad(quick: Quick, words: list[str], **options: Any) -> Any:
-    if words == ["command"]:
-        return chapter.ServerConfig(command="no-such-program", **options)
-    if words == ["cwd"]:
-        return quick(cwd="/no/such/folder", **options)
-    return quick(*words, **options)
-
-
-@bad_starts
+@pytest.mark.parametrize(("words", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_a_required_server_that_fails_is_named_and_the_others_are_stopped(
+async def test_a_server_that_does_not_start_is_named_and_the_others_go_on_or_stop(
     quick: Quick, words: list[str], told: str
 ) -> None:
+    """They stop if it is required, and go on if it is optional."""
     before = left()
     seen: list[Any] = []
-    servers = {"good": quick(), "bad": bad(quick, words)}
-    timeout = 0.2 if "within" in told else 10.0
+    timeout = 0.4 if "within" in told else 30.0
+
+    def servers(**options: Any) -> dict[str, Any]:
+        if words == ["command"]:
+            bad = chapter.ServerConfig(command="no-such-program", **options)
+        elif words == ["cwd"]:
+            bad = quick(cwd="/no/such/folder", **options)
+        else:
+            bad = quick(*words, **options)
+        return {"a": quick(mode="legacy"), "bad": bad}
+
     with pytest.raises(ServerError) as caught:
-        async with chapter.connect(servers, startup_timeout=timeout, on_change=seen.append):
+        async with chapter.connect(servers(), startup_timeout=timeout, on_change=seen.append):
             pytest.fail("was entered")
-    assert str(caught.value) == f"MCP server 'bad' did not start: {told}"
+    assert str(caught.value).startswith(f"MCP server 'bad' did not start: {told}")
     assert caught.value.server == "bad"
-    assert seen[-1].name == "good"
-    assert seen[-1].state == "stopped"
-    assert left() == before
-
-
-@bad_starts
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.asyncio
-async def test_without_an_optional_server_that_fails_the_work_goes_on(
-    quick: Quick, words: list[str], told: str
-) -> None:
-    before = left()
-    servers = {"a": quick(), "bad": bad(quick, words, required=False)}
-    async with chapter.connect(servers, startup_timeout=0.2 if "within" in told else 10.0) as hub:
+    assert (seen[-1].name, seen[-1].state) == ("a", "stopped")
+    async with chapter.connect(servers(required=False), startup_timeout=timeout) as hub:
         await echo(hub)
-        assert (hub.statuses["bad"].state, hub.statuses["bad"].error) == ("failed", told)
+        assert hub.statuses["bad"].state == "failed"
         assert list(hub.tools) == ["a"]
         with pytest.raises(ServerError, match=r"'bad' is failed: ") as caught:
             await hub.call("bad", "echo")
-        assert str(caught.value).endswith(told)
+        assert told in str(caught.value)
         assert await hub.check() == {"bad": str(caught.value)}
     assert left() == before
 
 
 @pytest.mark.asyncio
-async def test_a_required_server_that_fails_is_told_before_the_others_are_ready(
-    quick: Quick,
-) -> None:
+async def test_a_required_failure_does_not_wait_for_the_others(quick: Quick) -> None:
     servers = {"slow": quick("silent-at=initialize"), "bad": quick("crashes")}
     with pytest.raises(ServerError, match="'bad' did not start"):
         async with asyncio.timeout(8):
@@ -459,102 +428,120 @@ async def test_a_required_server_that_fails_is_told_before_the_others_are_ready(
                 pytest.fail("was entered")
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 21])
 @pytest.mark.asyncio
-async def test_cancelled_while_children_are_being_started(quick: Quick, turns: int) -> None:
-    before = left()
-    task = asyncio.create_task(anext(opened_forever({"a": quick(), "b": quick()})))
-    for _turn in range(turns):
-        await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert left() == before
-
-
-async def opened_forever(servers: Any) -> Any:
-    async with chapter.connect(servers) as hub:
-        yield hub
-        await asyncio.get_running_loop().create_future()
-
-
-@pytest.mark.parametrize("method", ["server/discover", "initialize", "tools/list"])
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.asyncio
-async def test_cancelled_at_each_question_of_the_start(
-    quick: Quick, method: str, said: list[str]
-) -> None:
-    """Twice, the second time during the clean-up; and the server will not go by itself."""
-    before = left()
-    servers = {"a": quick(f"silent-at={method}", "tells", "ignores-eof", "ignores-sigterm")}
-    task = asyncio.create_task(anext(opened_forever(servers)))
-    await until(lambda: "silent" in said)
-    task.cancel()
-    await turns(5)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert left() == before
+async def test_with_no_descriptor_left_connect_fails(quick: Quick) -> None:
+    """With every number of free descriptors from none to enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 20, hard))
+    taken, failed = [], 0
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        while taken:
+            with contextlib.suppress(ServerError):
+                async with asyncio.timeout(8), chapter.connect({"a": quick(mode="legacy")}) as hub:
+                    await echo(hub)
+                    break
+            failed += 1
+            os.close(taken.pop())
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert failed > 3
+    assert taken
 
 
 # --- Calling ---
 
 
+# In each case: a tool and its arguments, or a request, and what the user is told.
+BAD_CALLS: list[tuple[Any, Any, str]] = [
+    ("x", {}, "has no tool 'x'; it has: echo, pid, dies, "),
+    ("refuses", {}, "failed at tool 'refuses': MCPError: not today"),  # with code -32000
+    ("lies", {}, "failed at tool 'lies': RuntimeError: Invalid structured content"),
+    ("waits", {}, "did not answer tool 'waits' within 0.5 s"),
+    ("echo", {"text": "\ud800"}, "cannot be sent these arguments: Error serializing to JSON: "),
+    ("echo", {"text": object()}, "cannot be sent these arguments: Unable to serialize unknown"),
+    (lambda client: client.read_resource(3), None, "failed at the request: ValidationError: "),
+    (lambda client: client.list_prompts(), None, "failed at the request: MCPError: no such method"),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments", "told"), BAD_CALLS)
 @pytest.mark.asyncio
-async def test_unknown_servers_and_tools_are_answered_with_what_there_is(quick: Quick) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
+async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(
+    quick: Quick, tool: Any, arguments: Any, told: str
+) -> None:
+    async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.5) as hub:
+        with pytest.raises(ServerError) as caught:
+            await (hub.ask("a", tool) if arguments is None else hub.call("a", tool, arguments))
+        assert str(caught.value).startswith(f"MCP server 'a' {told}")
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert (str(copy), copy.server) == (str(caught.value), "a")
+        await echo(hub)
+        assert hub.statuses["a"].state == "ready"
         with pytest.raises(ServerError, match=r"'c' is not known; there are: a, b$"):
             await hub.call("c", "echo")
-        with pytest.raises(ServerError, match=r"'a' has no tool 'x'; it has: echo, pid, dies, "):
-            await hub.call("a", "x")
 
 
 @pytest.mark.asyncio
-async def test_a_refusal_by_the_server_names_it(quick: Quick) -> None:
+async def test_odd_bytes_and_many_bytes_do_no_harm(quick: Quick, said: list[str]) -> None:
     async with chapter.connect({"a": quick()}) as hub:
+        await hub.call("a", "garbles")
+        given = {"text": "\N{SNOWMAN}" * 1_000_000}  # more than a pipe holds
+        assert json.loads(text_of(await hub.call("a", "echo", given))) == given
+        page = await hub.ask("a", lambda client: client.list_tools(cursor="2"))
+        assert [tool.name for tool in page.tools] == ["lies", "babbles", "garbles"]
+    assert said == ["mcp_hub.a: on stdout, but not a message: � is not a message"]
 
-        def refuse(client: Any) -> Any:
-            return client.session.send_discover("2026-07-28")
 
-        with pytest.raises(ServerError, match=r"'a' refused to say: no such method"):
-            await hub._owners["a"].ask("to say", refuse, 5.0)
-        await echo(hub)
-
-
+@pytest.mark.parametrize("name", ["dies", "babbles"])
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_a_server_killed_in_a_call_is_named_and_the_others_go_on(quick: Quick) -> None:
+async def test_a_server_lost_in_a_call_is_named_and_the_others_go_on(
+    quick: Quick, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has died, or sends a line without an end. Each call under way learns of it."""
+    monkeypatch.setattr(chapter, "LONGEST_LINE", 100_000)
+    words = {"dies": "so long", "babbles": "a line on stdout has more than 100000 bytes"}[name]
+    problem = f"ended by itself; its last words: {words}"
     async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        with pytest.raises(
-            ServerError, match=r"'b' died during tool 'dies'; it is lost$"
-        ) as caught:
-            await hub.call("b", "dies")
-        assert caught.value.server == "b"
-        assert hub.statuses["b"].state == "lost"
+        calls = [hub.call("b", tool) for tool in ("waits", "waits", name)]
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(error, ServerError)
+            assert re.match(f"MCP server 'b' died during tool '.*': {problem}", str(error))
+        status = hub.statuses["b"]
+        assert (status.state, status.pid, status.error) == ("lost", None, problem)
         assert list(hub.tools) == ["a"]
         await echo(hub)
-        with pytest.raises(ServerError, match=r"'b' is lost: died during tool 'dies'"):
+        with pytest.raises(ServerError, match=f"'b' is lost: {problem}"):
             await hub.call("b", "echo")
     assert hub.statuses["b"].state == "lost"
 
 
+@pytest.mark.parametrize(("words", "has_pidfd"), [([], True), (["spawns"], True), ([], False)])
 @pytest.mark.asyncio
-async def test_every_call_under_way_learns_of_the_death(quick: Quick, said: list[str]) -> None:
-    async with chapter.connect({"a": quick()}) as hub:
-        calls = [asyncio.create_task(hub.call("a", "waits")) for _call in range(3)]
-        await until(lambda: said.count("waiting") == 3)
+async def test_the_death_of_an_idle_server_is_noticed_when_it_happens(
+    quick: Quick, words: list[str], has_pidfd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if a process that it started holds its pipes open; and on macOS."""
+    if not has_pidfd:
+        monkeypatch.delattr(os, "pidfd_open")
+    changes: list[Any] = []
+    async with chapter.connect({"a": quick(*words)}, on_change=changes.append) as hub:
         os.kill(hub.statuses["a"].pid, signal.SIGKILL)
-        for error in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(error, ServerError)
-            assert "'a' died during tool 'waits'" in str(error)
+        await until(lambda: hub.statuses["a"].state == "lost")
+    assert [(change.state, change.pid) for change in changes[1:]] == [("lost", None)]
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("given", [{}, {"more than a pipe holds": "x" * 1_000_000}])
 @pytest.mark.asyncio
 async def test_a_stopped_server_is_an_error_at_the_deadline(
-    quick: Quick, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    quick: Quick, given: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(mcp.shared.jsonrpc_dispatcher, "_ABANDON_WRITE_TIMEOUT", 0.1)
     before = left()
     async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.2) as hub:
         os.kill(hub.statuses["b"].pid, signal.SIGSTOP)
@@ -567,221 +554,162 @@ async def test_a_stopped_server_is_an_error_at_the_deadline(
     assert left() == before
 
 
+def growing_server() -> MCPServer[Any]:
+    """A server that gets a tool while it serves, and says so."""
+    server = MCPServer("growing", log_level="WARNING")
+
+    @server.tool()
+    async def echo(n: int) -> str:
+        return json.dumps({"n": n})
+
+    @server.tool()
+    async def grows(context: Context[Any]) -> str:
+        server.add_tool(lambda: "big", name="grown")
+        await context.notify_tools_changed()
+        return "done"
+
+    return server
+
+
+@pytest.mark.parametrize("era", ["older", "newer"])
 @pytest.mark.asyncio
-async def test_a_server_that_missed_a_deadline_can_be_called_again(quick: Quick) -> None:
-    async with chapter.connect({"a": quick()}, call_timeout=0.1) as hub:
-        with pytest.raises(ServerError, match=r"did not answer tool 'waits' within 0.1 s"):
-            await hub.call("a", "waits")
-        await echo(hub)
-
-
-@pytest.mark.asyncio
-async def test_a_cancelled_call_leaves_the_server_usable(quick: Quick, said: list[str]) -> None:
-    async with chapter.connect({"a": quick()}) as hub:
-        call = asyncio.create_task(hub.call("a", "waits"))
-        await until(lambda: "waiting" in said)
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-        await echo(hub)
-
-
-@pytest.mark.asyncio
-async def test_a_server_is_restarted_once_where_its_configuration_says_so(quick: Quick) -> None:
-    states: list[str] = []
-    servers = {"a": quick(restart=True)}
-    async with chapter.connect(servers, on_change=lambda s: states.append(s.state)) as hub:
-        first = hub.statuses["a"].pid
-        with pytest.raises(ServerError, match=r"died during tool 'dies'; it is restarting"):
-            await hub.call("a", "dies")
-        await echo(hub)  # waits until it is back
-        assert hub.statuses["a"].pid != first
-        assert hub.statuses["a"].error == ""
-        with pytest.raises(ServerError, match=r"died during tool 'dies'; it is lost"):
-            await hub.call("a", "dies")
-    assert states == ["ready", "restarting", "starting", "ready", "lost"]
-
-
-@pytest.mark.asyncio
-async def test_a_restart_that_fails_is_told_to_those_who_wait(quick: Quick, tmp_path: Path) -> None:
-    async with chapter.connect({"a": quick(f"once={tmp_path / 'was'}", restart=True)}) as hub:
-        with pytest.raises(ServerError, match="it is restarting"):
-            await hub.call("a", "dies")
-        with pytest.raises(ServerError, match=r"'a' is failed: ended by itself; .* not again"):
-            await hub.call("a", "echo")
-
-
-@pytest.mark.asyncio
-async def test_the_block_can_be_left_while_a_server_is_restarting(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chapter, "RESTART_DELAY", 60.0)
-    async with chapter.connect({"a": quick(restart=True)}) as hub:
-        with pytest.raises(ServerError, match="it is restarting"):
-            await hub.call("a", "dies")
-    assert hub.statuses["a"].state == "stopped"
-
-
-@pytest.mark.asyncio
-async def test_late_news_of_a_death_do_not_stop_the_server_that_took_its_place(
-    quick: Quick,
-) -> None:
-    back = asyncio.Event()
-
-    async def hear_late(client: Client) -> None:
-        await back.wait()
-        raise MCPError(CONNECTION_CLOSED, "Connection closed")
-
-    async with chapter.connect({"a": quick(restart=True)}) as hub:
-        late = asyncio.create_task(hub._owners["a"].ask("an old call", hear_late, 5.0))
-        await asyncio.sleep(0)
-        with pytest.raises(ServerError, match="it is restarting"):
-            await hub.call("a", "dies")
-        await echo(hub)
-        back.set()
-        with pytest.raises(ServerError, match="died during an old call; it is ready"):
-            await late
-        await echo(hub)
-
-
-# --- What they say on stderr ---
-
-
-class Kept(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.name, record.getMessage()))
-
-
-@pytest.mark.asyncio
-async def test_stderr_is_logged_beside_the_servers_name(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, logger = Kept(), logging.getLogger("mcp_hub")
-    monkeypatch.setattr(logger, "handlers", [kept])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        with pytest.raises(ServerError):
-            await hub.call("b", "dies")
-        await until(lambda: kept.lines)
-    assert kept.lines == [("mcp_hub.b", "so long")]
-
-
-@pytest.mark.parametrize("words", [[], ["silent-at=tools/list"], ["crashes"]])
-@pytest.mark.asyncio
-async def test_nobody_listens_to_stderr_any_more_when_the_block_was_left(
-    quick: Quick, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = asyncio.get_running_loop()
-    listened: list[int] = []
-    add_reader = loop.add_reader
-
-    def note(fd: Any, *rest: Any) -> None:
-        listened.append(fd.fileno())
-        add_reader(fd, *rest)
-
-    monkeypatch.setattr(loop, "add_reader", note)
-    with contextlib.suppress(ServerError):
-        async with chapter.connect({"a": quick(*words)}, startup_timeout=0.2):
-            pass
-    assert listened
-    assert [fd for fd in listened if loop.remove_reader(fd)] == []
-
-
-@pytest.mark.asyncio
-async def test_what_is_said_at_the_very_end_is_heard() -> None:
-    with chapter.stderr_lines("a") as (stderr, lines):
-        stderr.write("farewell")  # and the event loop has no turn any more
-        stderr.flush()
-    assert list(lines) == ["farewell"]
+async def test_a_changed_list_of_tools_is_fetched_again(quick: Quick, era: str) -> None:
+    config = quick() if era == "older" else growing_server()
+    changes: list[Any] = []
+    async with chapter.connect({"a": config}, on_change=changes.append) as hub:
+        assert "grown" not in {tool.name for tool in hub.tools["a"]}
+        await hub.call("a", "grows")
+        await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
+    assert [change.state for change in changes] == ["ready", "ready", "stopped"]
 
 
 # --- Leaving ---
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.asyncio
-async def test_no_server_outlives_the_block_not_even_one_that_ignores_sigterm(quick: Quick) -> None:
-    """With the SDK's real patience: 2 s after end-of-input SIGTERM, 2 s later SIGKILL."""
-    before = left()
-    servers = {
-        "good": quick(),
-        "stubborn": quick("ignores-eof"),
-        "deaf": quick("ignores-eof", "ignores-sigterm"),
-        "stopped": quick(),
-    }
-    started = time.monotonic()
-    async with chapter.connect(servers) as hub:
-        os.kill(hub.statuses["stopped"].pid, signal.SIGSTOP)
-    assert time.monotonic() - started < 9  # 4.5 s, and a slow machine
-    assert left() == before
-
-
-@pytest.mark.asyncio
-async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick) -> None:
-    async with chapter.connect({"a": quick("spawns")}) as hub:
+async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapped: bool) -> None:
+    """Even if a shell has started the server, with a stderr of its own."""
+    config = quick("spawns")
+    if wrapped:
+        arguments = ["-c", 'exec "$0" "$@" 2>>/dev/null', config.command, *config.args]
+        config = chapter.ServerConfig(command="sh", args=arguments)
+    async with chapter.connect({"a": config}) as hub:
         leader = hub.statuses["a"].pid
-        await until(lambda: len(processes(lambda pid: group_of(pid) == leader)) == 2)
-    # A killed process that nobody waits for is init's to bury; it is gone or a zombie.
-    await until(lambda: not processes(lambda p: group_of(p) == leader and bool(commands(p))))
+        assert leader == int(text_of(await hub.call("a", "pid")))
+        assert len(living_group(leader)) == 2
+    await until(lambda: not living_group(leader))
 
 
-async def leave_by(error: BaseException, config: Any) -> None:
-    async with chapter.connect({"a": config}):
-        raise error
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("words", [[], ["ignores-eof"], ["ignores-eof", "ignores-sigterm"]])
 @pytest.mark.asyncio
-async def test_what_the_body_raises_comes_out_as_itself(quick: Quick, words: list[str]) -> None:
-    for error in (KeyError("mine"), asyncio.CancelledError("mine")):
-        with pytest.raises(type(error)) as caught:
-            await leave_by(error, quick(*words))
-        assert caught.value is error
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("words", [[], ["ignores-eof"], ["ignores-eof", "ignores-sigterm"]])
-@pytest.mark.asyncio
-async def test_cancelled_again_and_again_while_leaving_it_still_ends_the_children(
-    quick: Quick, words: list[str]
+async def test_a_process_id_is_not_used_after_it_was_given_up(
+    quick: Quick, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, inside = left(), asyncio.Event()
+    """The system may give it to another process as soon as the child has been reaped."""
+    killed: list[int] = []
+
+    def killpg(group: int, number: int) -> None:
+        assert group in child_processes()  # a zombie, perhaps: it still has its id
+        killed.append(group)
+        os.kill(group, number)
+
+    monkeypatch.setattr(os, "killpg", killpg)
+    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
+        pids = [status.pid for status in hub.statuses.values()]
+        os.kill(pids[0], signal.SIGKILL)
+        await until(lambda: hub.statuses["a"].state == "lost")
+    assert killed == pids
+
+
+@pytest.mark.asyncio
+async def test_a_child_can_say_goodbye_and_its_last_words_are_heard(
+    quick: Quick, tmp_path: Path, said: list[str]
+) -> None:
+    async with chapter.connect({"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick()}) as hub:
+        with pytest.raises(ServerError):
+            await hub.call("b", "dies")
+    assert said == ["mcp_hub.b: so long"]
+    assert (tmp_path / "done").exists()
+
+
+class Slow:
+    """An in-process server whose lifespan awaits something when it ends."""
+
+    def __init__(self, seconds: float = 0.05) -> None:
+        self.opened, self.closed, self.seconds = False, False, seconds
+        self.server = MCPServer("slow", lifespan=self.lifespan, log_level="WARNING")
+        self.server.add_tool(self.waits)
+
+    @asynccontextmanager
+    async def lifespan(self, server: Any) -> AsyncIterator[None]:
+        self.opened = True
+        try:
+            yield
+        finally:
+            await asyncio.sleep(self.seconds)
+            self.closed = True
+
+    async def waits(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize(("seconds", "closed"), [(0.05, True), (1000, False)])
+@pytest.mark.asyncio
+async def test_a_lifespan_in_this_process_has_time_to_end(
+    seconds: float, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", 0.5)
+    for ending in (KeyError("mine"), asyncio.CancelledError("mine")):
+        slow = Slow(seconds)
+        with pytest.raises(type(ending)) as caught:
+            async with chapter.connect({"a": slow.server}):
+                raise ending
+        assert caught.value is ending
+        assert slow.closed == closed
+
+
+@pytest.mark.parametrize("kind", ["child", "in-process", "starting"])
+@pytest.mark.parametrize("way", ["timeout", "sibling"])
+@pytest.mark.asyncio
+async def test_inside_a_cancelled_scope_the_hub_ends_its_servers(
+    quick: Quick, kind: str, way: str, said: list[str]
+) -> None:
+    """A scope of anyio cancels all that waits in it, again and again."""
+    before, slow = left(), Slow()
+    silent = quick("silent-at=tools/list", mode="legacy")
+    config = {"child": quick(), "in-process": slow.server, "starting": silent}[kind]
+    changes: list[str] = []
+    left_by: list[BaseException] = []
 
     async def block() -> None:
-        async with chapter.connect({"a": quick(*words)}):
-            inside.set()
-
-    task = asyncio.create_task(block())
-    await inside.wait()
-    while not task.done():
-        task.cancel()
-        await turns(5)
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert left() == before
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.asyncio
-async def test_a_timeout_around_the_block_ends_the_children(quick: Quick) -> None:
-    before = left()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
-            async with chapter.connect({"a": quick("ignores-eof")}) as hub:
+        try:
+            connected = chapter.connect({"a": config}, on_change=lambda s: changes.append(s.state))
+            async with connected as hub:
                 await hub.call("a", "waits")
+        except BaseException as error:
+            left_by.append(error)
+            raise
+
+    async def end() -> None:
+        await until(lambda: slow.opened or said or changes)
+        raise KeyError("sibling")
+
+    used = time.process_time()
+    with contextlib.suppress(TimeoutError, ExceptionGroup):
+        with anyio.fail_after(0.5 if way == "timeout" else 60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(block)
+                if way == "sibling":
+                    group.start_soon(end)
+    assert isinstance(left_by[0], asyncio.CancelledError)
+    assert changes[-1] == "stopped"
+    assert slow.closed == slow.opened
     assert left() == before
+    assert time.process_time() - used < 2.0  # it has not turned in a circle
 
 
 @pytest.mark.asyncio
-async def test_a_call_under_way_is_let_finish_and_new_ones_are_refused(
-    quick: Quick, tmp_path: Path
-) -> None:
+async def test_a_call_under_way_may_finish_and_new_ones_are_refused(quick: Quick) -> None:
     async with chapter.connect({"a": quick()}, call_timeout=0.3) as hub:
         late = asyncio.create_task(hub.call("a", "waits"))
         quick_one = asyncio.create_task(hub.call("a", "echo", {"n": 2}))
@@ -795,96 +723,95 @@ async def test_a_call_under_way_is_let_finish_and_new_ones_are_refused(
 
 
 @pytest.mark.asyncio
-async def test_when_the_body_fails_calls_under_way_are_not_waited_for(
+async def test_if_the_body_fails_calls_under_way_are_not_waited_for(
     quick: Quick, said: list[str]
 ) -> None:
     with pytest.raises(KeyError):
         async with chapter.connect({"a": quick()}, call_timeout=60) as hub:
             late = asyncio.create_task(hub.call("a", "waits"))
-            await until(lambda: "waiting" in said)
+            await until(lambda: said)
             raise KeyError
     with pytest.raises(ServerError, match="'a' was stopped during tool 'waits'"):
         await late
-    with pytest.raises(ServerError, match="'a' takes no calls any more: its hub is closed"):
-        await hub.call("a", "echo")
 
 
 @pytest.mark.asyncio
 async def test_it_may_be_left_in_another_task_than_it_was_entered_in(quick: Quick) -> None:
-    before = left()
-    manager = chapter.connect({"a": quick()})
-    hub = await asyncio.create_task(manager.__aenter__())
-    await echo(hub)
-    await asyncio.create_task(manager.__aexit__(None, None, None))
-    assert left() == before
+    """And beside another hub, whose children live on."""
+    async with chapter.connect({"a": quick()}) as other:
+        before = left()
+        manager = chapter.connect({"a": quick()})
+        hub = await asyncio.create_task(manager.__aenter__())
+        await echo(hub)
+        await asyncio.create_task(manager.__aexit__(None, None, None))
+        assert left() == before
+        await echo(other)
 
 
-@pytest.mark.asyncio
-async def test_two_hubs_started_together_keep_their_children_apart(quick: Quick) -> None:
-    """A process id is known by its stderr, not guessed: else one hub would kill the other's."""
-    first, second = chapter.connect({"a": quick()}), chapter.connect({"a": quick()})
-    one, two = await asyncio.gather(first.__aenter__(), second.__aenter__())
-    assert one.statuses["a"].pid == int(text_of(await one.call("a", "pid")))
-    await first.__aexit__(None, None, None)
-    await echo(two)
-    await second.__aexit__(None, None, None)
-
-
-# --- Ctrl-C, for real ---
+# --- Signals, for real ---
 
 PROGRAM = """\
-import asyncio, sys
-import mcp.client.stdio
-mcp.client.stdio.PROCESS_TERMINATION_TIMEOUT = mcp.client.stdio.FORCE_KILL_TIMEOUT = 0.2
-sys.path.insert(0, {tests!r})
-from conftest import load_chapter
-chapter = load_chapter(8)
+import asyncio, contextlib, importlib.util, logging, signal, sys
+spec = importlib.util.spec_from_file_location("chapter_08", {path!r})
+sys.modules["chapter_08"] = chapter = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(chapter)
+chapter.EXIT_TIMEOUT = 0.2
 
 def server(*words):
     return chapter.ServerConfig(command=sys.executable, args=["-S", "-E", {quick!r}, *words])
 
 async def main():
-    stubborn = ("ignores-eof", "ignores-sigterm")
-    start = [{when!r} == "start" and "silent-at=tools/list"]
-    servers = {{"a": server(*stubborn, *filter(None, start)), "b": server("ignores-eof")}}
-    if {when!r} == "start":
-        print("ready", flush=True)
-    async with chapter.connect(servers) as hub:
-        if {when!r} == "call":
-            asyncio.get_running_loop().call_later(0.05, lambda: print("ready", flush=True))
-            await hub.call("a", "waits")
-    print("not interrupted")
+    start = ["silent-at=tools/list"] if {when!r} == "start" else []
+    stubborn = server("ignores-eof", "ignores-sigterm", "spawns", *start)
+    with chapter.cancelled_by_signals() if {safe} else contextlib.nullcontext():
+        async with chapter.connect({{"a": stubborn, "b": server("ignores-eof")}}) as hub:
+            if {when!r} == "call":
+                await hub.call("a", "waits")
+            print("leaving", file=sys.stderr, flush=True)
+        print("not interrupted")
 
-class Tell(chapter.McpHub):
-    async def _drain(self):
-        await super()._drain()
-        if {when!r} == "exit":
-            asyncio.get_running_loop().call_later(0.05, lambda: print("ready", flush=True))
-
-chapter.McpHub = Tell
+logging.basicConfig(level="INFO", format="%(message)s")
+print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)
 try:
     asyncio.run(main())
 except KeyboardInterrupt:
     sys.exit(130)
 """
+MOMENTS = {"start": "silent\n", "call": "waiting\n", "exit": "leaving\n"}
+AS_A_JOB = ["sh", "-c", '"$@" & child=$!; echo $child; wait $child', "sh"]
 
 
-@pytest.mark.parametrize(("when", "presses"), [("start", 1), ("call", 1), ("exit", 1), ("exit", 2)])
+@pytest.mark.parametrize(
+    ("when", "signals", "background", "safe"),
+    [
+        ("start", ["SIGINT", "SIGINT"], False, True),
+        ("exit", ["SIGINT", "SIGINT"], False, True),
+        ("start", ["SIGHUP", "SIGTERM"], False, True),
+        ("call", ["SIGTERM"], True, True),  # a shell has started it with `&`: it ignores SIGINT
+        ("call", ["SIGINT"], False, False),
+    ],
+)
 @pytest.mark.usefixtures("quick")  # which sees to it that no server is left
-def test_ctrl_c_ends_the_children(when: str, presses: int, quick_path: Path) -> None:
-    program = PROGRAM.format(when=when, quick=str(quick_path), tests=str(Path(__file__).parent))
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
+def test_no_child_outlives_signals(
+    when: str, signals: list[str], background: bool, safe: bool, quick_path: Path
+) -> None:
+    """One Ctrl-C does no harm without `cancelled_by_signals`; a second one may strike anywhere."""
+    path = str(chapter_path(8))
+    program = PROGRAM.format(when=when, safe=safe, quick=str(quick_path), path=path)
+    command = [*(AS_A_JOB if background else []), sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
         assert run.stdout
-        assert run.stdout.readline() == "ready\n"
-        for _press in range(presses):
-            poll(lambda: waits(run.pid))
-            run.send_signal(signal.SIGINT)
+        assert run.stderr
+        pid = int(run.stdout.readline()) if background else run.pid
+        while run.stderr.readline() != MOMENTS[when]:
+            assert run.poll() is None
+        for name in signals:
+            os.kill(pid, getattr(signal, name))
+            poll(lambda: not pending(pid))
         output, errors = run.communicate(timeout=20)
-    assert (run.returncode, output) == (130, "")
-    # The second press ends the event loop at once; then asyncio may say what it could not close.
-    assert errors == "" or presses == 2
+    assert (run.returncode, output) == (130, f"{background}\n")
+    assert "Traceback" not in errors or not safe
 
 
 def poll(happened: Callable[[], object], deadline: float = 10.0) -> None:
@@ -895,443 +822,127 @@ def poll(happened: Callable[[], object], deadline: float = 10.0) -> None:
         time.sleep(0.002)
 
 
-def waits(pid: int) -> bool:
-    """Whether a process has taken the signals that it was sent, and sleeps."""
-    status = dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-    )
-    return status["State"].startswith("S") and not int(status["ShdPnd"], 16)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_polite_kill_and_a_closed_terminal_are_taken_as_ctrl_c(
-    name: str, quick: Quick, quick_path: Path, tmp_path: Path
-) -> None:
-    silent = ["-S", "-E", str(quick_path), "silent-at=tools/list"]
-    config = tmp_path / "mcp.json"
-    config.write_text(
-        json.dumps({"mcpServers": {"a": {"command": sys.executable, "args": silent}}})
-    )
-    command = [sys.executable, str(chapter_path(8)), "--config", str(config)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
-        poll(lambda: processes(lambda pid: str(quick_path) in commands(pid)))
-        run.send_signal(getattr(signal, name))
-        output, errors = run.communicate(timeout=20)
-    assert (run.returncode, errors) == (130, "")
-    assert "Children left: none" in output
-
-
-def test_the_handlers_of_signals_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
-    with pytest.raises(KeyboardInterrupt), chapter.polite_ends_as_ctrl_c():
-        signal.raise_signal(signal.SIGTERM)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
-
-
-# --- Our own servers ---
+def pending(pid: int) -> int:
+    """The signals that a process was sent and has not taken."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(dict(line.split(":\t", 1) for line in status.splitlines())["ShdPnd"], 16)
 
 
 @pytest.mark.asyncio
-async def test_notes_are_kept_found_and_listed(tmp_path: Path) -> None:
-    database = tmp_path / "notes.db"
-    for text in ("pool.py is small", "Buy 100% milk"):
-        async with chapter.connect({"notes": chapter.notes_server(database)}) as hub:
-            await hub.call("notes", "add", {"text": text})
-    async with chapter.connect({"notes": chapter.notes_server(database)}) as hub:
-        assert text_of(await hub.call("notes", "list")) == "pool.py is small\nBuy 100% milk"
-        assert (
-            text_of(await hub.call("notes", "search", {"words": "POOL.py"})) == "pool.py is small"
-        )
-        assert text_of(await hub.call("notes", "search", {"words": "%"})) == "Buy 100% milk"
-        assert text_of(await hub.call("notes", "search", {"words": "_"})) == ""
-
-
-@pytest.mark.parametrize("name", ["notes", "files"])
-@pytest.mark.asyncio
-async def test_a_servers_lifespan_opens_its_resource_and_closes_it(
-    tmp_path: Path, name: str
-) -> None:
-    where = {"notes": tmp_path / "notes.db", "files": tmp_path}[name]
-    before = open_descriptors()
-    async with chapter.connect({name: chapter.SERVERS[name](where)}):
-        opened = {k: path for k, path in open_descriptors().items() if k not in before}
-        assert str(where) in opened.values()
-    assert open_descriptors() == before
-
-
-@pytest.mark.parametrize("name", ["notes", "files"])
-@pytest.mark.asyncio
-async def test_a_server_whose_resource_cannot_be_opened_is_named(tmp_path: Path, name: str) -> None:
-    server = chapter.SERVERS[name](tmp_path / "no" / "such" / "place")
-    with pytest.raises(ServerError, match=f"{name!r} did not start: "):
-        async with chapter.connect({name: server}):
-            pytest.fail("was entered")
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A project to serve, and beside it something that is not to be served."""
-    project = tmp_path / "project"
-    (project / "lib").mkdir(parents=True)
-    (project / ".git").mkdir()
-    (project / ".git" / "config").write_text("hidden")
-    (project / "pool.py").write_text("pass\n")
-    (project / "lib" / "gpu.py").write_text("GPU = 1\n")
-    (project / "image.png").write_bytes(b"\x89PNG\xff")
-    (project / "inside").symlink_to("lib/gpu.py")
-    (tmp_path / "secret").write_text("secret")
-    (project / "outside").symlink_to("../secret")
-    (project / "up").symlink_to("..")
-    (tmp_path / "project-2").mkdir()
-    (tmp_path / "project-2" / "secret").write_text("secret")
-    return project
-
-
-@pytest.mark.asyncio
-async def test_files_below_the_root_are_listed_and_read(project: Path) -> None:
-    async with chapter.connect({"files": chapter.files_server(project)}) as hub:
-        listed = text_of(await hub.call("files", "list")).splitlines()
-        assert {"lib/gpu.py", "pool.py"} <= set(listed)
-        assert not any(path.startswith(".git") for path in listed)
-        assert text_of(await hub.call("files", "read", {"path": "lib/gpu.py"})) == "GPU = 1"
-        assert text_of(await hub.call("files", "read", {"path": "lib/../pool.py"})) == "pass"
-        assert text_of(await hub.call("files", "read", {"path": "inside"})) == "GPU = 1"
-
-
-@pytest.mark.parametrize(
-    ("path", "told"),
-    [
-        ("../secret", "leads outside the root"),
-        ("/etc/hostname", "leads outside the root"),
-        ("../project-2/secret", "leads outside the root"),
-        ("outside", "leads outside the root"),
-        ("up/secret", "leads outside the root"),
-        ("none.py", "cannot be read"),
-        ("lib", "cannot be read"),
-        ("image.png", "cannot be read"),
-        ("nul\0byte", "cannot be read"),
-    ],
-)
-@pytest.mark.asyncio
-async def test_what_is_not_a_text_file_below_the_root_is_refused(
-    project: Path, path: str, told: str
-) -> None:
-    before = open_descriptors()
-    async with chapter.connect({"files": chapter.files_server(project)}) as hub:
-        result = await hub.call("files", "read", {"path": path})
-        assert result.is_error
-        assert told in text_of(result)
-        assert "secret" not in text_of(result).replace(repr(path), "")
-    assert open_descriptors() == before
-
-
-@pytest.mark.asyncio
-async def test_a_file_that_becomes_a_symlink_after_the_check_is_not_followed(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check = Path.is_relative_to
-
-    def swap_after_check(path: Path, top: Path) -> bool:
-        inside = check(path, top)
-        path.unlink()
-        path.symlink_to("../secret")
-        return inside
-
-    async with chapter.connect({"files": chapter.files_server(project)}) as hub:
-        monkeypatch.setattr(Path, "is_relative_to", swap_after_check)
-        result = await hub.call("files", "read", {"path": "pool.py"})
-        monkeypatch.undo()
-    assert result.is_error
-    assert "cannot be read" in text_of(result)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["songs", "x"], "invalid choice: 'songs'"),
-        (["notes"], "required: where"),
-        (["notes", "x", "--http", "y"], "invalid int value: 'y'"),
-    ],
-)
-def test_a_bad_serve_command_says_what_is_wrong_and_ends_with_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
-) -> None:
-    with pytest.raises(SystemExit) as left_by:
-        chapter.serve(arguments)
-    error = capsys.readouterr().err
-    assert left_by.value.code == 2
-    assert told in error.splitlines()[-1]
-
-
-def test_ctrl_c_ends_a_server_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def interrupted(server: Any, port: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(chapter, "serve_http", interrupted)
-    assert chapter.serve(["files", str(tmp_path), "--http", "0"]) == 130
+async def test_the_handlers_of_signals_are_restored() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for raises in (None, KeyError, asyncio.CancelledError):
+        with contextlib.suppress(KeyError, asyncio.CancelledError):
+            with chapter.cancelled_by_signals():
+                if raises:
+                    raise raises
+        assert [signal.getsignal(number) for number in numbers] == before
 
 
 # --- Over HTTP ---
 
 
 @asynccontextmanager
-async def http(app: Any) -> AsyncIterator[str]:
-    """Serve an ASGI app on loopback, from this very loop; yields its address."""
-    others = asyncio.all_tasks()
+async def http(app: Any, port: int = 0) -> AsyncIterator[int]:
+    """Serve an ASGI app on loopback, from this very loop; yields its port."""
     config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield listening.getsockname()[1]
         finally:
             server.should_exit = True
             await serving
-            for watcher in asyncio.all_tasks() - others:  # sse_starlette's, which it never ends
-                watcher.cancel()
+            for task in asyncio.all_tasks():
+                if "sse_starlette" in repr(task):  # a watcher, which it never ends
+                    task.cancel()
+
+
+class Service:
+    """A service with sessions, as the older protocol has them, that records its requests."""
+
+    def __init__(self, unknown: int = 404) -> None:
+        self.unknown = unknown  # the status of its answer to an unknown session
+        self.app = growing_server().streamable_http_app()
+        self.requests: list[str] = []
+        self.headers: dict[bytes, bytes] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def record(event: Any) -> None:
+            if event["type"] == "http.response.start":
+                event["status"] = self.unknown if event["status"] == 404 else event["status"]
+                self.requests.append(f"{scope['method']} {event['status']}")
+            await send(event)
+
+        self.headers = dict(scope.get("headers", ()))
+        await self.app(scope, receive, record)
+
+
+def service_at(port: int, **options: Any) -> Any:
+    return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/mcp", **options)
+
+
+@pytest.mark.parametrize("other", ["", "crashes"])
+@pytest.mark.asyncio
+async def test_headers_are_sent_and_the_session_is_ended(quick: Quick, other: str) -> None:
+    """Even if another server does not start."""
+    service = Service()
+    async with http(service) as port:
+        config = service_at(port, headers={"X-Token": "secret"}, mode="legacy")
+        with contextlib.suppress(ServerError):
+            async with chapter.connect({"a": config, "b": quick(other)}) as hub:
+                await echo(hub)
+        assert service.headers[b"x-token"] == b"secret"
+    assert service.requests[-1] == "DELETE 200"
+
+
+@pytest.mark.parametrize("unknown", [404, 400])
+@pytest.mark.asyncio
+async def test_a_forgotten_session_is_initialised_again(quick: Quick, unknown: int) -> None:
+    changes: list[str] = []
+    async with AsyncExitStack() as stack:
+        async with http(Service()) as port:
+            servers = {"a": service_at(port, mode="legacy"), "b": quick()}
+            connected = chapter.connect(servers, on_change=lambda s: changes.append(s.state))
+            hub = await stack.enter_async_context(connected)
+            await echo(hub)
+        async with http(deployed_again := Service(unknown), port):
+            await echo(hub)
+            await echo(hub, "b")
+            assert hub.statuses["a"].state == "ready"
+            await stack.aclose()
+    assert deployed_again.requests.count(f"POST {unknown}") == 1
+    assert changes == ["ready", "ready", "lost", "starting", "ready", "stopped", "stopped"]
+
+
+@pytest.mark.asyncio
+async def test_after_an_outage_the_next_call_tries_again(quick: Quick) -> None:
+    async with AsyncExitStack() as stack:
+        async with http(Service()) as port:
+            servers = {"a": service_at(port, mode="legacy"), "b": quick()}
+            hub = await stack.enter_async_context(chapter.connect(servers))
+            await echo(hub)
+        for problem in ("died during tool 'echo'", "is failed"):
+            with pytest.raises(ServerError, match=f"'a' {problem}: ConnectError: "):
+                await hub.call("a", "echo", {"n": 1})
+        await echo(hub, "b")
+        async with http(Service(), port):
+            assert await hub.check() == {}
+            await echo(hub)
+            await stack.aclose()
 
 
 @pytest.mark.parametrize("kind", ["http", "sse"])
 @pytest.mark.asyncio
 async def test_a_service_is_reached_by_its_url(tmp_path: Path, kind: str) -> None:
-    server = chapter.notes_server(tmp_path / "notes.db")
+    server = growing_server()
     app = server.streamable_http_app() if kind == "http" else server.sse_app()
-    async with http(app) as address:
-        url = f"{address}/{'mcp' if kind == 'http' else 'sse'}"
-        path = written(tmp_path, {"mcpServers": {"notes": {"type": kind, "url": url}}})
+    async with http(app) as port:
+        url = f"http://127.0.0.1:{port}/{'mcp' if kind == 'http' else 'sse'}"
+        path = written(tmp_path, {"mcpServers": {"a": {"type": kind, "url": url}}})
         async with chapter.connect(chapter.load_config(path)) as hub:
-            await hub.call("notes", "add", {"text": "from afar"})
-            assert text_of(await hub.call("notes", "list")) == "from afar"
-            assert (await hub.check(), hub.statuses["notes"].pid) == ({}, None)
-
-
-@pytest.mark.parametrize("kind", ["http", "sse"])
-@pytest.mark.asyncio
-async def test_a_service_that_is_not_there_is_named(kind: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    before = left()
-    with pytest.raises(ServerError, match="'a' did not start: ConnectError: All connection"):
-        async with chapter.connect({"a": chapter.ServerConfig(url=url, type=kind)}):
-            pytest.fail("was entered")
-    assert left() == before
-
-
-@pytest.mark.asyncio
-async def test_a_service_killed_in_a_call_is_named_and_the_others_go_on(
-    quick: Quick, tmp_path: Path
-) -> None:
-    with chapter.http_service("notes", tmp_path / "notes.db") as url:
-        address = url()
-        servers = {"notes": chapter.ServerConfig(url=address), "a": quick()}
-        async with chapter.connect(servers) as hub:
-            await hub.call("notes", "add", {"text": "soon gone"})
-            (service,) = processes(lambda pid: str(tmp_path / "notes.db") in commands(pid))
-            os.kill(service, signal.SIGSTOP)
-            call = asyncio.create_task(hub.call("notes", "list"))
-            await until(lambda: unread(address.port))  # it has the call, and will not answer it
-            os.kill(service, signal.SIGKILL)
-            with pytest.raises(ServerError, match="'notes' died during tool 'list'; it is lost"):
-                await call
-            await echo(hub)
-
-
-SLOW_SERVICE = """\
-import asyncio, contextlib, sys
-from pathlib import Path
-from mcp.server import MCPServer
-sys.path.insert(0, {tests!r})
-from conftest import load_chapter
-
-folder = Path({folder!r})
-
-@contextlib.asynccontextmanager
-async def lifespan(server):
-    yield
-    (folder / "closed").touch()
-
-server = MCPServer("slow", lifespan=lifespan, log_level="WARNING")
-
-@server.tool()
-async def wait() -> str:
-    (folder / "asked").touch()
-    while not (folder / "go").exists():
-        await asyncio.sleep(0.005)
-    return "answered"
-
-asyncio.run(load_chapter(8).serve_http(server, 0))
-"""
-
-
-def test_a_service_that_is_told_to_end_answers_first_and_closes_its_lifespan(
-    tmp_path: Path,
-) -> None:
-    async def end_it_in_a_call(service: subprocess.Popen[str], url: str) -> str:
-        config = chapter.ServerConfig(url=url)
-        async with chapter.connect({"slow": config}) as hub:
-            call = asyncio.create_task(hub.call("slow", "wait"))
-            await until((tmp_path / "asked").exists)
-            service.terminate()
-            (tmp_path / "go").touch()
-            return text_of(await call)
-
-    program = SLOW_SERVICE.format(folder=str(tmp_path), tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
-        assert service.stdout
-        url = service.stdout.readline().strip()
-        assert asyncio.run(end_it_in_a_call(service, url)) == "answered"
-    assert (tmp_path / "closed").exists()
-
-
-# --- All four, for real; and npm's ---
-
-
-@pytest.mark.asyncio
-async def test_all_four_servers_run_from_one_file_and_do_the_work(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    before = left()
-    with chapter.workspace() as folder:
-        async with chapter.connect(chapter.load_config(folder / "mcp.json")) as hub:
-            await chapter.workflow(hub, folder / "project")
-            await chapter.workflow(hub, folder / "project")
-            notes = text_of(await hub.call("notes", "list")).splitlines()
+            assert text_of(await hub.call("a", "grows")) == "done"
+            await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
             assert await hub.check() == {}
-            tools = {name: len(tools) for name, tools in hub.tools.items()}
-    assert notes == [
-        "note 1 on pool.py: 2 lines; Message: Hand out GPUs",
-        "note 2 on pool.py: 2 lines; Message: Hand out GPUs",
-    ]
-    assert (tools["notes"], tools["files"]) == (3, 2)
-    assert tools["git"] > 2
-    assert left() == before
-
-
-def npm_server(name: str) -> str:
-    """The program of an npm server; in $MCP_NODE_MODULES, or installed globally."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        pytest.skip("node and npm are not installed")
-    folder = os.environ.get("MCP_NODE_MODULES") or npm_root()
-    program = Path(folder, "@modelcontextprotocol", name, "dist", "index.js")
-    if not program.exists():
-        pytest.skip(f"@modelcontextprotocol/{name} is not installed: npm install -g it")
-    return str(program)
-
-
-@functools.cache
-def npm_root() -> str:
-    listed = subprocess.run(["npm", "root", "-g"], capture_output=True, text=True, check=True)
-    return listed.stdout.strip()
-
-
-@pytest.mark.asyncio
-async def test_npms_servers_work_over_stdio(project: Path) -> None:
-    servers = {
-        "everything": {"command": "node", "args": [npm_server("server-everything"), "stdio"]},
-        "files": {"command": "node", "args": [npm_server("server-filesystem"), str(project)]},
-    }
-    before = left()
-    config = chapter.load_config(written(project.parent, {"mcpServers": servers}))
-    async with chapter.connect(config) as hub:
-        assert "hello" in text_of(await hub.call("everything", "echo", {"message": "hello"}))
-        path = {"path": str(project / "lib" / "gpu.py")}
-        assert "GPU = 1" in text_of(await hub.call("files", "read_text_file", path))
-    assert left() == before
-
-
-@pytest.mark.asyncio
-async def test_npms_everything_works_over_streamable_http(tmp_path: Path) -> None:
-    program = npm_server("server-everything")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with node(program, PORT=str(port)):
-        await until(lambda: listens(port))
-        url = f"http://127.0.0.1:{port}/mcp"
-        path = written(tmp_path, {"mcpServers": {"everything": {"url": url}}})
-        async with chapter.connect(chapter.load_config(path)) as hub:
-            assert "hello" in text_of(await hub.call("everything", "echo", {"message": "hello"}))
-
-
-@contextmanager
-def node(program: str, **variables: str) -> Iterator[None]:
-    """Run an npm server that serves HTTP."""
-    command = ["node", program, "streamableHttp"]
-    with subprocess.Popen(
-        command, env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-    ) as service:
-        try:
-            yield
-        finally:
-            service.kill()
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-# --- What the demos claim ---
-
-
-def test_asyncio_run_does_not_return_while_a_client_is_not_left() -> None:
-    script = [sys.executable, "-W", "error", chapter.__file__, "1"]
-    run = subprocess.run(script, capture_output=True, text=True, check=True)
-    shown = " ".join(run.stdout.split())
-    assert re.search(r"`main` has returned. Children: \d+, \d+ ", shown)
-    assert "✗ 0.2 s later `asyncio.run` has not returned." in shown
-    assert "`asyncio.run` has returned, because the demo has killed the children." in shown
-    assert run.stderr == ""
-
-
-FORGETFUL = """\
-import asyncio, sys
-from mcp import Client, StdioServerParameters
-
-async def main():
-    await Client(StdioServerParameters(command=sys.executable, args={arguments!r})).__aenter__()
-    print("ready", flush=True)
-    raise KeyError("mine")
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.usefixtures("quick")
-def test_while_a_client_is_not_left_not_even_a_traceback_is_shown(quick_path: Path) -> None:
-    program = FORGETFUL.format(arguments=["-S", "-E", str(quick_path), "ignores-eof"])
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout
-        assert run.stderr
-        assert run.stdout.readline() == "ready\n"
-        assert select.select([run.stderr], [], [], 0.3)[0] == []
-        (server,) = processes(lambda pid: str(quick_path) in commands(pid) and pid != run.pid)
-        os.kill(server, signal.SIGKILL)
-        assert "KeyError: 'mine'" in run.communicate(timeout=20)[1]
-
-
-def test_gather_around_a_stack_fails_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    chapter.demo_gather()
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "? Which line raises? so far, so good" in shown
-    assert "async with AsyncExitStack() as stack: 1 6" in shown
-    assert "✗ RuntimeError: Attempted to exit cancel scope in a different task" in shown
-
-
-@pytest.mark.asyncio
-async def test_with_children_gather_fails_in_the_same_way(quick_path: Path) -> None:
-    program = StdioServerParameters(command=sys.executable, args=["-S", "-E", str(quick_path)])
-    with pytest.raises(RuntimeError, match="different task"):
-        async with AsyncExitStack() as stack:
-            clients = [Client(program) for _number in range(2)]
-            await asyncio.gather(*map(stack.enter_async_context, clients))
-
-
-def test_in_process_there_is_no_child(capsys: pytest.CaptureFixture[str]) -> None:
-    chapter.demo_in_process()
-    assert "Children: none. Found: kept in memory" in " ".join(capsys.readouterr().out.split())
