@@ -311,7 +311,7 @@ def finish_report(task: Task, answer: Path, report: Report) -> Report:
     report.path = path_that_ran(task, answer)
     asked = getattr(progress.answer, task.names[0], None)
     if asked.__doc__ and _(inspect.getdoc(asked) or "") != inspect.getdoc(asked):
-        report.story = _(inspect.getdoc(asked) or "")
+        report.story = _(inspect.getdoc(asked) or "").partition("\n\n")[2]  # less the title
     return report
 
 

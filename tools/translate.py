@@ -30,7 +30,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from rich.errors import MarkupError
 from rich.markup import render
@@ -70,7 +70,11 @@ def collect(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     places: dict[str, list[str]] = {}
     problems = []
     numbered = sorted(root.glob("0*.py"))
-    exercises = sorted(root.glob("exercises/*.py")) + sorted(root.glob("exercises/judges/*.py"))
+    exercises = [
+        *sorted(root.glob("exercises/*.py")),
+        *sorted(root.glob("exercises/judges/*.py")),
+        *root.glob("tests/contract.py"),  # judges name its ways out of a block
+    ]
     for script in numbered + exercises:
         try:
             tree = ast.parse(script.read_text(encoding="utf-8"))
@@ -95,7 +99,15 @@ def exercise_texts(name: str, tree: ast.Module) -> Iterator[tuple[str | None, in
             task = ast.get_docstring(node) or ""
             if "\n\n" in task:
                 yield task, node.lineno
+        elif name == "contract.py" and is_way(node):
+            yield (ast.get_docstring(node) or "").partition("\n")[0], node.lineno
         yield from texts(node)
+
+
+def is_way(node: ast.stmt) -> TypeGuard[ast.AsyncFunctionDef]:
+    """Return whether the contract's decorator `@way(...)` stands above a function."""
+    decorators = node.decorator_list if isinstance(node, ast.AsyncFunctionDef) else []
+    return any(ast.unparse(decorator).startswith("way(") for decorator in decorators)
 
 
 def texts(node: ast.AST) -> Iterator[tuple[str | None, int]]:
