@@ -132,6 +132,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             write(f"✗ {name}", red=True)
             write(found[name]["report"])
             write("")
+    write("")
     progress = _("{n} of {all} solved").format(n=len(found) - len(unsolved), all=len(found))
     if unsolved:
         place = found[unsolved[0]]["file"]
