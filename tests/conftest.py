@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import operator
 import os
+import re
 import signal
 import sys
 import threading
@@ -241,6 +242,25 @@ def reporting_context_variables(
             found.extend(CONTEXT.left(before, CONTEXT.look()))
 
     return watched
+
+
+# --- One process for all tests of a script, so that it is played once ---
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests that are parametrized by the same script on one worker of pytest-xdist.
+
+    Its own `--dist loadgroup` has no effect with pytest 9.2 (seen with pytest-xdist 3.8.0).
+    """
+    from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]
+
+    class ByScript(LoadGroupScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            script = re.search(r"test_scripts.py::\w+\[(0\d_\w+)\]$", nodeid)
+            return script[1] if script else nodeid
+
+    return ByScript(config, log)
 
 
 # --- What the contract did, in one line ---

@@ -39,10 +39,10 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 KEY_POINTS = "\nKey points ─"
 TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 
-# All that is asked of one script goes to one process, which plays it only once.
+# conftest.py sends all that is asked of one script to one process, which plays it only once.
 each_script = pytest.mark.parametrize(
     "script",
-    [pytest.param(s, marks=pytest.mark.xdist_group(s.stem), id=s.stem) for s in SCRIPTS],
+    [pytest.param(script, id=script.stem) for script in SCRIPTS],
 )
 
 
