@@ -194,7 +194,7 @@ async def test_the_owner_enters_and_exits_a_client_and_the_caller_calls(
 
     monkeypatch.setattr(local, "Client", Noting)
     async with local.connect({"notes": local.notes_server(":memory:")}) as hub:
-        await hub.call("notes", "list")
+        await hub.call("notes", "search", {"words": "Emma"})
     assert tasks["called"] is asyncio.current_task()
     assert tasks["entered"] is tasks["exited"] is not asyncio.current_task()
 
