@@ -5,13 +5,13 @@
 """Chapter 07 · One resource or any number
 
 After this chapter you can hold one resource, a few, an optional one or a list of any length, and
-release them all even if set-up fails half-way, cleanup fails, or the task is cancelled in either.
+release them all even if set-up or cleanup fails half-way, or the task is cancelled at any point.
 
     python 07_asyncexitstack_vs_asynccontextmanager.py          run all seven demos
     python 07_asyncexitstack_vs_asynccontextmanager.py 1 4      run demos 1 and 4
     python 07_asyncexitstack_vs_asynccontextmanager.py --step   wait for Enter at each question
 
-Write one resource with `@asynccontextmanager`. Hold several on an `AsyncExitStack`. The demos use
+Define one resource with `@asynccontextmanager`. Hold several on an `AsyncExitStack`. The demos use
 three real resources: a lock file, a database, and a child process that answers in capital letters.
 
 Read the managers first: they are production code, and they print nothing. Then run the demos, and
@@ -91,7 +91,7 @@ async def enter(stack: AsyncExitStack, manager: Manager[T]) -> T:
 
 
 class LockHeldError(RuntimeError):
-    """The lock file exists: another process, or another block of this one, holds the lock."""
+    """The lock file exists: another process, or another block in this one, holds the lock."""
 
 
 @contextmanager
@@ -136,11 +136,11 @@ async def spawn(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
     """Run a child process with its stdin and stdout as pipes.
 
     When the block ends, the child's input ends, and it has `grace` seconds to exit. After that,
-    or at once if the block raises, it is killed. It leads a session of its own: Ctrl-C ends the
-    block, and the block ends the child.
+    or at once if the block raises, it is killed. It runs in a session of its own, so Ctrl-C does
+    not reach it: Ctrl-C ends the block, and the block ends the child.
 
-    Raises OSError if the child cannot start, and TimeoutError if its start, or its end after it
-    was killed, takes longer than 10 s.
+    Raises OSError if the child cannot start. Raises TimeoutError if the start takes longer than
+    10 s, or if the child has not ended 10 s after it was killed.
     """
     started: list[StartedChild] = []
     try:
@@ -238,7 +238,7 @@ async def outcome(awaitable: Awaitable[object]) -> str:
 
 
 async def both(function: Callable[[Command], Awaitable[object]]) -> dict[str, list[int]]:
-    """Call `function` twice: the child starts, then it cannot. Return the paths that ran."""
+    """Call `function` with a child that starts, then with one that cannot. Return the paths."""
     runs: dict[str, list[int]] = {}
     for title, command in ((_("ends well"), UPPER), (_("fails"), MISSING)):
         with suppress(FileNotFoundError), trace() as runs[title]:
@@ -285,9 +285,10 @@ async def demo_set_up_fails() -> None:
     """Set-up fails half-way
 
     A function needs a lock, a child process and a database. Written by hand, one `try` protects
-    all three, but only once all three are open. Nested managers release what is open by then. A
-    stack does the same without the indentation: it is one manager, and what you enter on it is
-    released when its block ends, the last one first.
+    all three, but only once all three are open. Nested `with` blocks release what is already
+    open. So does a stack, without the indentation: `enter_context` enters a manager, and the
+    stack exits it when its own block ends, the last one first. (A `with` line runs twice: to
+    enter and to exit.)
     """
     show_code(by_hand)
     question(_("The child cannot start. Which lines never run, and what is left behind?"))
@@ -300,7 +301,11 @@ async def demo_set_up_fails() -> None:
         if left:
             text = _("`{function}`: the lock file stays, and blocks the next run.")
         verdict(not left, text.format(function=function.__name__))
-    say(_("In `by_hand`, move both `lock` lines to just above `try:`, and run demo 1 again."), "→ ")
+    edit = _(
+        "In `by_hand`, move both `lock` lines to just above `try:`, and run demo 1 again."
+        " What is left then if `touch` fails?"
+    )
+    say(edit, "→ ")
 
 
 async def in_a_loop(factories: list[Any]) -> list[str]:
@@ -326,12 +331,13 @@ async def child_in_bracket(name: str, command: Command) -> AsyncIterator[Process
 async def demo_any_number() -> None:
     """Any number
 
-    How many children there are is known only at run time. You cannot write that many nested
-    blocks, and a block in a loop ends before the next one begins. `open_all` enters them on one
-    stack. The brackets show when each block begins and ends.
+    How many children there are is known only at run time, so you cannot nest that many blocks
+    by hand. And a block in a loop ends before the next one begins. `open_all` enters all of
+    them on one stack. A child answers each line in capital letters. The brackets show when each
+    block begins and ends.
     """
     show_code(in_a_loop, in_open_all, open_all)
-    question(_("Three children start, then each is asked. How many answer?"))
+    question(_("Three children start, and each is sent `hello`. How many answer?"))
     for function in (in_a_loop, in_open_all):
         say(f"{function.__name__}:", style="bold")
         children = enumerate(THREE, 1)
@@ -339,7 +345,11 @@ async def demo_any_number() -> None:
         answers = await outcome(function(factories))
         text = _("`{function}`: {answers}").format(function=function.__name__, answers=answers)
         verdict(answers.count("HELLO") == len(THREE), text)
-    say(_("In `THREE`, replace the last `UPPER` by `MISSING`, and run demo 2 again."), "→ ")
+    edit = _(
+        "In `THREE`, replace the last `UPPER` by `MISSING`, and run demo 2 again."
+        " When do children 1 and 2 end?"
+    )
+    say(edit, "→ ")
 
 
 def add_and_close(text: str, path: Path, notes: Any = None) -> None:
@@ -362,10 +372,10 @@ def demo_optional() -> None:
     """An optional resource
 
     A function opens a database itself, unless the caller passes an open one. It must close what
-    it opened, and only that. On a stack this is an `if`: what was not entered is not closed.
+    it opened, and only that. With a stack, one `if` is enough: what is not entered is not closed.
     """
     show_code(add_and_close)
-    say(_("The function adds `one` to its own connection, and `two` to the caller's."))
+    say(_("The function adds `one` on its own connection, and `two` on the caller's."))
     question(_("Then the caller adds `three`. Which notes are in the database?"))
     for function in (add_and_close, add):
         runs: dict[str, list[int]] = {}
@@ -447,7 +457,8 @@ async def demo_order_of_failures() -> None:
     If one cleanup raises, the others still run. The caller gets the last error; its
     `__context__` is the error before it, and so on. But if the block ends well, a stack loses
     the errors of all callbacks except the last (python/cpython#102201). An `ExceptionGroup`
-    carries errors of equal rank, and `except*` catches them by type.
+    holds errors side by side, and `except*` catches them by type. In this demo, `flush(name)`
+    always raises `OSError(name)`.
     """
     show_code(nested_try, on_a_stack, flush_all, in_a_group)
     question(_("The block raises ValueError, then both cleanups raise. What does the caller get?"))
@@ -465,7 +476,8 @@ async def demo_order_of_failures() -> None:
     for name, count in found.items():
         text = _("`{name}`: {count} of 5 errors reach the caller.")
         verdict(count == 5, text.format(name=name, count=count))
-    say(_("In `on_a_stack`, swap the two callbacks, and run demo 4 again."), "→ ")
+    edit = _("In `on_a_stack`, swap the callbacks, and run demo 4 again. Which error is lost now?")
+    say(edit, "→ ")
 
 
 class Translator:
@@ -495,12 +507,12 @@ class CarelessTranslator(Translator):
 async def demo_hand_over() -> None:
     """Resources that outlive a function
 
-    `start` opens a child process for others to use, and `aclose` will close it. But a stack
-    closes everything when its block ends, and `return` ends the block. `pop_all` moves the exits
-    to a new stack. Call it last: until then, a failure closes what is open.
+    `start` opens a child process for others to use, and `aclose` closes it later. But a stack
+    closes everything when its block ends, and `return` ends the block. `pop_all` moves all exits
+    to a new stack, which stays open. Call it last: until then, a failure closes what is open.
     """
     show_code(CarelessTranslator.start)
-    question(_("The caller asks the child that it got. Does the child answer?"))
+    question(_("The caller sends `hello` to the child that `start` returned. Does it answer?"))
     for translator in (CarelessTranslator(), Translator()):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -533,7 +545,7 @@ async def patient_child(*command: str) -> AsyncIterator[Process]:
 
 
 async def cancelled_twice(manager: AsyncManager[Process]) -> Process:
-    """Cancel a task in the manager's block and in its cleanup. Return the child process."""
+    """Cancel a task in the manager's block, then in its cleanup. Return the child process."""
     children: asyncio.Queue[Process] = asyncio.Queue()
 
     async def block() -> None:
@@ -553,12 +565,13 @@ async def cancelled_twice(manager: AsyncManager[Process]) -> Process:
 async def demo_cancelled() -> None:
     """A cancellation during cleanup
 
-    Cleanup that awaits can be cancelled like any other code: by a second Ctrl-C, or by a timeout
-    around it. No stack protects it. So first do what matters without `await`, here `kill`. Then
-    `finish` waits for the rest, even if it is cancelled again.
+    Cleanup that awaits can be cancelled like any other code, for example by a timeout around
+    it. No stack protects it. So first do what matters without `await`: here, kill the child. In
+    `spawn`, `transport.close()` does that. Then `finish` waits for the rest, even if it is
+    cancelled again. If nobody waits for a child's end, its exit status stays None.
     """
     show_code(patient_child)
-    question(_("The task is cancelled, and again during its cleanup. Does `kill` run?"))
+    question(_("The task is cancelled, and again during its cleanup. Is the child killed?"))
     for manager in (patient_child, spawn):
         with trace() as path:
             child = await cancelled_twice(manager(*DEAF))
@@ -569,7 +582,11 @@ async def demo_cancelled() -> None:
             await child.wait()
         text = _("`{manager}`: the child's exit status after the block is {status}.")
         verdict(status is not None, text.format(manager=manager.__name__, status=status))
-    say(_("In `patient_child`, begin `finally` with `process.kill()`, and run demo 6 again."), "→ ")
+    edit = _(
+        "In `patient_child`, begin `finally` with `process.kill()`, and run demo 6 again."
+        " Why is the status still None?"
+    )
+    say(edit, "→ ")
 
 
 def demo_which_one() -> None:
@@ -582,9 +599,9 @@ def demo_which_one() -> None:
     table = Table(*(Column(title, overflow="fold") for title in heading))
     for row in (
         (_("a resource of your own"), "@asynccontextmanager", ""),
-        (_("a few, known as you write"), "async with a() as x, b() as y:", "1"),
-        (_("a list, known at run time"), "async with open_all(factories) as values:", "2"),
-        (_("one that may be there already"), "if x is None: x = stack.enter_context(a())", "3"),
+        (_("a few, known when you write"), "async with a() as x, b() as y:", "1"),
+        (_("a list, known only at run time"), "async with open_all(factories) as values:", "2"),
+        (_("one that the caller may pass"), "if x is None: x = stack.enter_context(a())", "3"),
         (_("a function that cleans up"), "stack.push_async_callback(f, x)", "4"),
         (_("cleanups that fail independently"), "raise ExceptionGroup(message, errors)", "4"),
         (_("resources that outlive a function"), "self.resources = stack.pop_all()", "5"),
