@@ -21,6 +21,7 @@ Left out: `async with` (chapter 03), several managers at once (chapters 05 and 0
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import gettext
 import inspect
@@ -37,18 +38,11 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    closing,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, ParamSpec, Self, TypeVar
+from typing import IO, Any, ParamSpec, Self, TypeVar
 
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
@@ -69,7 +63,7 @@ class Timer:
             load()
         print(loading.elapsed)
 
-    It can time one block after another; each starts from zero.
+    It can time one block after another, each from zero. Raises RuntimeError if it is running.
     """
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
@@ -78,7 +72,6 @@ class Timer:
         self._stopped: float | None = None
 
     def __enter__(self) -> Self:
-        """Start from zero. Raises RuntimeError if the timer is already running."""
         if self._started is not None and self._stopped is None:
             raise RuntimeError("this Timer is already running: use another one for the inner block")
         self._started, self._stopped = self._clock(), None
@@ -89,10 +82,7 @@ class Timer:
 
     @property
     def elapsed(self) -> float:
-        """Seconds so far, or in total once the block has ended.
-
-        Raises RuntimeError if the timer was never entered.
-        """
+        """Seconds so far, or in total after the block. Raises RuntimeError if never entered."""
         if self._started is None:
             raise RuntimeError("this Timer was never started: enter it in a `with` statement")
         end = self._clock() if self._stopped is None else self._stopped
@@ -134,9 +124,7 @@ def temporary_config(
 
 
 @contextmanager
-def atomic_write(
-    path: str | Path, mode: Literal["w", "wb"] = "w", encoding: str = "utf-8"
-) -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "w", encoding: str = "utf-8") -> Iterator[IO[Any]]:
     """Write a file all or nothing: readers see the old file or the new one, never a part.
 
     Yield a draft in the same directory, and rename it to `path` when the block ends well.
@@ -146,8 +134,7 @@ def atomic_write(
     clears (set-user-ID, capabilities). Hard links keep the old content.
     Raises ValueError if `mode` is not "w" or "wb". Raises OSError before the block runs if `path`
     is a directory, device, FIFO or mount point, or if you may not set the owner, and after the
-    block if the rename fails for another reason (an immutable file, or a file that is mounted
-    from the same file system).
+    block if the rename fails (an immutable file, or one mounted from the same file system).
     """
     target = Path(path).resolve()  # replace the target of a symbolic link, not the link
     check_replaceable(target)
@@ -166,14 +153,11 @@ def atomic_write(
 
 def check_replaceable(target: Path) -> None:
     """Raise OSError unless `target` is free or a regular file that a rename can replace."""
-    try:
-        mode = target.stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file: write to it with open()", str(target))
-    if os.path.ismount(target):
-        raise OSError(errno.EBUSY, "a mount point: write to it with open()", str(target))
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file: write to it with open()", str(target))
+        if os.path.ismount(target):
+            raise OSError(errno.EBUSY, "a mount point: write to it with open()", str(target))
 
 
 def open_draft(draft: Path, target: Path, mode: str, encoding: str) -> IO[Any]:
@@ -181,12 +165,8 @@ def open_draft(draft: Path, target: Path, mode: str, encoding: str) -> IO[Any]:
     if mode not in ("w", "wb"):
         raise ValueError(f"mode is {mode!r}, but atomic_write needs 'w' or 'wb'")
     permissions = 0o600 if target.exists() else 0o666  # less the umask, as for any new file
-    return open(
-        draft,
-        mode.replace("w", "x"),
-        encoding=None if mode == "wb" else encoding,
-        opener=lambda name, flags: os.open(name, flags, permissions),
-    )
+    opener = partial(os.open, mode=permissions)
+    return open(draft, mode, encoding=encoding if mode == "w" else None, opener=opener)
 
 
 def copy_attributes(target: Path, draft: Path) -> None:
@@ -212,36 +192,24 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Commit what the block did to the database, or roll all of it back if the block raises.
 
     Leave commit and rollback to the manager. `commit()`, `executescript()` and `with connection:`
-    inside the block commit what came before them, and the manager then raises RuntimeError.
-    Raises RuntimeError if a transaction is already open, or if the connection has an `autocommit`
-    setting. Raises sqlite3.OperationalError if another connection keeps a lock past the timeout.
+    inside the block commit what came before them, and the manager then raises
+    sqlite3.OperationalError, as it does if another connection keeps a lock past the timeout.
+    Raises RuntimeError if a transaction is already open.
     """
-    if getattr(connection, "autocommit", -1) != -1:  # -1, the default, came with Python 3.12
-        raise RuntimeError("the connection has autocommit set: connect without it")
-    if connection.in_transaction:
-        raise RuntimeError("the connection is in a transaction: commit it or roll it back first")
+    if connection.in_transaction:  # always, with autocommit=False of Python 3.12
+        raise RuntimeError("a transaction is open: end it, or connect without autocommit=False")
     # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
     try:
         connection.execute("BEGIN IMMEDIATE")  # take the write lock now, not half-way through
-        connection.execute("SAVEPOINT whole_block")
+        connection.execute("SAVEPOINT leave_commit_and_rollback_to_the_manager")
         yield connection
-        release(connection, "whole_block")
+        # If the block committed or rolled back, this fails: "no such savepoint: leave_commit_..."
+        connection.execute("RELEASE leave_commit_and_rollback_to_the_manager")
         connection.execute("COMMIT")  # inside the `try`: a failed commit must roll back, too
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def release(connection: sqlite3.Connection, savepoint: str) -> None:
-    """Release a savepoint. Raises RuntimeError if a commit or a rollback has removed it."""
-    try:
-        connection.execute(f"RELEASE {savepoint}")
-    except sqlite3.OperationalError as error:
-        if "no such savepoint" not in str(error):
-            raise
-        message = "the block committed or rolled back: leave that to the manager"
-        raise RuntimeError(message) from None
 
 
 class GeneratorManager(AbstractContextManager[T]):
@@ -275,53 +243,44 @@ def contextmanager_from_scratch(
     - The traceback does not show the manager's own lines.
     - The function keeps its name and docstring, and its managers can decorate functions.
     """
-
-    def make_manager(*args: P.args, **kwargs: P.kwargs) -> GeneratorManager[T]:
-        return GeneratorManager(function(*args, **kwargs))
-
-    return make_manager
+    return lambda *args, **kwargs: GeneratorManager(function(*args, **kwargs))
 
 
 # --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
 
-def outcome(call: Callable[[], object]) -> str:
-    """Return what a call returns, or the name of its exception."""
-    try:
-        return str(call())
-    except Exception as error:
-        return type(error).__name__
-
-
-def both(function: Callable[[bool], object]) -> dict[str, list[int]]:
-    """Call `function(fails)` twice: it ends well, then it raises. Return the paths that ran."""
-    with trace() as ends_well:
-        function(False)
-    with suppress(Exception), trace() as raises:
-        function(True)
-    return {_("ends well"): ends_well, _("raises"): raises}
-
-
 def work(fails: bool) -> None:
-    sum(range(100_000))
     if fails:
         raise ValueError
 
 
-class Recorder:
-    """A manager that records its calls."""
+def both(function: Callable[..., object], *arguments: Any) -> dict[str, list[int]]:
+    """Call `function(fails, ...)` twice: it ends well, then it raises. Return both paths."""
+    with trace() as ends_well:
+        function(False, *arguments)
+    with suppress(ValueError), trace() as raises:
+        function(True, *arguments)
+    return {_("ends well"): ends_well, _("raises"): raises}
 
-    def __init__(self) -> None:
-        self.calls: list[str] = []
 
+def outcome(function: Callable[..., object], *arguments: Any) -> str:
+    """Call a function; return the name of the exception that it raises, if any."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error).__name__
+    return _("no error")
+
+
+class Recorder(list[str]):
     def __enter__(self) -> None:
-        self.calls.append("__enter__()")
+        self.append("__enter__()")
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        self.calls.append(f"__exit__({exc_type.__name__ if exc_type else None})")
+        self.append(f"__exit__({exc_type.__name__ if exc_type else None})")
 
 
-def by_hand(manager: Any, way: str) -> None:
+def by_hand(manager: Recorder, way: str) -> None:
     manager.__enter__()
     if way == "return":
         return
@@ -330,7 +289,7 @@ def by_hand(manager: Any, way: str) -> None:
     manager.__exit__(None, None, None)
 
 
-def with_statement(manager: Any, way: str) -> None:
+def with_statement(manager: Recorder, way: str) -> None:
     with manager:
         if way == "return":
             return
@@ -349,27 +308,22 @@ def demo_with() -> None:
     question(_("One run ends well, one returns early, one raises. Which of them call `__exit__`?"))
     ways = {_("ends well"): "end", _("returns"): "return", _("raises"): "raise"}
     for function in (by_hand, with_statement):
-        runs, exits = {}, 0
+        recorder, runs = Recorder(), {}
         for title, way in ways.items():
-            recorder = Recorder()
             with suppress(ValueError), trace() as runs[title]:
                 function(recorder, way)
-            calls = " → ".join(recorder.calls)
-            say(_("{run}: {calls}").format(run=title, calls=calls))
-            exits += len(recorder.calls[1:])
         show_code(function, runs=runs)
-        result = _("`{function}` called `__exit__` in {exits} of 3 runs.")
-        verdict(exits == 3, result.format(function=function.__name__, exits=exits))
+        verdict(len(recorder) == 6, f"`{function.__name__}`: {', '.join(recorder)}")
     say(_("In `by_hand`, call `__exit__` in a `finally`, and run demo 1 again."), "→ ")
 
 
-def timed_by_hand(seconds: list[float], fails: bool) -> None:
+def timed_by_hand(fails: bool, seconds: list[float]) -> None:
     started = time.perf_counter()
     work(fails)
     seconds.append(time.perf_counter() - started)
 
 
-def timed_block(timers: list[Timer], fails: bool) -> None:
+def timed_block(fails: bool, timers: list[Timer]) -> None:
     with timer("work") as timed:
         timers.append(timed)
         work(fails)
@@ -385,11 +339,10 @@ def demo_timer() -> None:
     show_code(timed_by_hand)
     question(_("`work` runs twice and raises the second time. How many runs are measured?"))
     seconds: list[float] = []
-    show_code(timed_by_hand, runs=both(partial(timed_by_hand, seconds)))
+    show_code(timed_by_hand, runs=both(timed_by_hand, seconds))
     verdict(len(seconds) == 2, _("Measured by hand: {n} of 2 runs.").format(n=len(seconds)))
     timers: list[Timer] = []
-    runs = both(partial(timed_block, timers))
-    show_code(timed_block, timer, Timer.__enter__, Timer.__exit__, runs=runs)
+    show_code(timed_block, timer, Timer.__enter__, Timer.__exit__, runs=both(timed_block, timers))
     stopped = [timed for timed in timers if timed._stopped is not None]
     verdict(len(stopped) == 2, _("Measured by the timer: {n} of 2 runs.").format(n=len(stopped)))
     say(_("In `timed_by_hand`, add `try` and `finally`, and run demo 2 again."), "→ ")
@@ -411,10 +364,9 @@ def careful_lock(path: Path) -> Iterator[None]:
         path.unlink()
 
 
-def use(make_manager: Callable[[], Any], fails: bool) -> str:
-    with make_manager():
+def use(fails: bool, lock: Any, path: Path) -> None:
+    with lock(path):
         work(fails)
-    return _("no error")
 
 
 def demo_missing_finally() -> None:
@@ -428,10 +380,10 @@ def demo_missing_finally() -> None:
     question(_("The block raises. Which line never runs, and what happens to the next run?"))
     for lock in (careless_lock, careful_lock):
         with tempfile.TemporaryDirectory() as folder:
-            make_lock = partial(lock, Path(folder, "report.lock"))
-            show_code(lock, runs=both(partial(use, make_lock)))
+            path = Path(folder, "report.lock")
+            show_code(lock, runs=both(use, lock, path))
             left = os.listdir(folder)
-            next_run = outcome(partial(use, make_lock, fails=False))
+            next_run = outcome(use, False, lock, path)
         result = _("Left in the folder: {left}. The next run: {next_run}.")
         verdict(not left, result.format(left=left, next_run=next_run))
     say(_("In `careless_lock`, add `try` and `finally`, and run demo 3 again."), "→ ")
@@ -467,24 +419,21 @@ def demo_temporary_config() -> None:
 
 
 class Batch(list[int]):
-    def __enter__(self) -> Self:
-        return self
+    def __enter__(self) -> None: ...
 
     def __exit__(self, *exc_info: object) -> Any:
         return len(self)
 
 
-def load(batch: Batch, words: str) -> str:
+def load(batch: Batch, words: str) -> None:
     with batch:
         for word in words.split():
             batch.append(int(word))
-    return f"loaded {batch}"
 
 
-def discard(path: str) -> str:
-    with bracket(f"discard({path!r})") as scope, suppress(FileNotFoundError), scope:
+def discard(path: str) -> None:
+    with bracket(path), suppress(FileNotFoundError), bracket("os.remove"):
         os.remove(path)
-    return _("no error")
 
 
 def demo_suppressing() -> None:
@@ -496,22 +445,24 @@ def demo_suppressing() -> None:
     """
     show_code(load, Batch.__exit__)
     question(_("One run loads `1 3`, the other `1 two 3`. Does the second one raise?"))
-    runs, results = {}, []
+    runs = {}
     for words in ("1 3", "1 two 3"):
+        batch = Batch()
         with trace() as runs[words]:
-            results.append(outcome(partial(load, Batch(), words)))
+            error = outcome(load, batch, words)
     show_code(load, Batch.__exit__, runs=runs)
-    verdict(results[1] == "ValueError", _("`1 3`: {}; `1 two 3`: {}.").format(*results))
-    missing, directory = (outcome(partial(discard, path)) for path in ("no such file", "."))
+    result = _("`1 two 3`: {error}, and the batch is {batch}.")
+    verdict(error == "ValueError", result.format(error=error, batch=batch))
+    show_code(discard)
+    missing, directory = outcome(discard, "no such file"), outcome(discard, ".")
     result = _("A missing file: {missing}; a directory: {directory}.")
     verdict(directory != missing, result.format(missing=missing, directory=directory))
     say(_("Let `Batch.__exit__` return None, and run demo 5 again."), "→ ")
 
 
 class CarelessManager(GeneratorManager[T]):
-    def __exit__(self, *exc_info: object) -> Literal[False]:
+    def __exit__(self, *exc_info: object) -> Any:
         next(self.generator, None)
-        return False
 
 
 def catches() -> Generator[None, None, None]:
@@ -521,8 +472,9 @@ def catches() -> Generator[None, None, None]:
         pass
 
 
-def passes_on() -> Generator[None, None, None]:
-    yield
+def managed(fails: bool, manager: Any) -> None:
+    with manager(catches()):
+        work(fails)
 
 
 def demo_from_scratch() -> None:
@@ -534,19 +486,15 @@ def demo_from_scratch() -> None:
     """
     show_code(CarelessManager.__exit__, catches)
     question(_("The block raises ValueError. Does `catches` ever see it?"))
-    expected = [outcome(partial(use, contextmanager(g), True)) for g in (catches, passes_on)]
     for manager in (CarelessManager, GeneratorManager):
-        runs, results = {}, []
-        for generator in (catches, passes_on):
-            with trace() as runs[generator.__name__]:
-                results.append(outcome(partial(use, partial(manager, generator()), True)))
-        show_code(manager.__exit__, catches, passes_on, runs=runs)
-        result = _("Ours: `catches` {}, `passes_on` {}. contextlib: `catches` {}, `passes_on` {}.")
-        verdict(results == expected, result.format(*results, *expected))
+        show_code(managed, manager.__exit__, catches, runs=both(managed, manager))
+        error = outcome(managed, True, manager)
+        result = _("If the block raises, the caller sees: {error}.").format(error=error)
+        verdict(error != "ValueError", result)
     say(_("In `GeneratorManager`, let `__exit__` return False, and run demo 6 again."), "→ ")
 
 
-def save(opened: Any, path: Path, fails: bool) -> None:
+def save(fails: bool, opened: Any, path: Path) -> None:
     with opened(path, "w") as file:
         file.write("second " if fails else "first ")
         work(fails)
@@ -564,14 +512,21 @@ def demo_file() -> None:
     for opened, pieces in ((open, [save]), (atomic_write, [save, atomic_write])):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "report.txt")
-            show_code(*pieces, runs=both(partial(save, opened, path)))
+            show_code(*pieces, runs=both(save, opened, path))
             files = {file.name: file.read_text() for file in Path(folder).iterdir()}
-        result = _("`{opened}` leaves {files}.").format(opened=opened.__name__, files=files)
-        verdict(files == {"report.txt": "first report"}, result)
+        verdict(files == {"report.txt": "first report"}, f"`{opened.__name__}`: {files}")
     say(_("In `atomic_write`, delete the line with `os.replace`, and run demo 7 again."), "→ ")
 
 
-def transfer(block: Any, bank: sqlite3.Connection, fails: bool) -> None:
+@contextmanager
+def careless_transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        connection.commit()
+
+
+def transfer(fails: bool, block: Any, bank: sqlite3.Connection) -> None:
     with block(bank):
         bank.execute("UPDATE money SET ada = ada - 50")
         work(fails)
@@ -581,36 +536,26 @@ def transfer(block: Any, bank: sqlite3.Connection, fails: bool) -> None:
 def demo_database() -> None:
     """A database, all or nothing
 
-    A transfer takes two statements. In autocommit mode, each is committed on its own: if the
-    program fails between them, 50 dollars are gone. In a transaction, both count or neither.
-    (`nullcontext` is a manager that does nothing.)
+    A transfer takes two statements. Both must count, or neither. `careless_transaction` commits
+    in a `finally`, so it also commits half a transfer. `transaction` commits only if the block
+    ends well; otherwise it rolls back.
     """
-    show_code(transfer)
+    show_code(transfer, careless_transaction)
     question(_("Ada has 100, Bob has 0. The second of two transfers fails. Who has what then?"))
-    for block, pieces in ((nullcontext, [transfer]), (transaction, [transfer, transaction])):
-        with closing(sqlite3.connect(":memory:", isolation_level=None)) as bank:
+    for block in (careless_transaction, transaction):
+        with closing(sqlite3.connect(":memory:")) as bank:
             bank.execute("CREATE TABLE money AS SELECT 100 AS ada, 0 AS bob")
-            show_code(*pieces, runs=both(partial(transfer, block, bank)))
+            show_code(transfer, block, runs=both(transfer, block, bank))
             ada, bob = bank.execute("SELECT ada, bob FROM money").fetchone()
-        result = _("`{block}`: Ada has {ada}, Bob has {bob}; {total} of 100 are left.")
-        result = result.format(block=block.__name__, ada=ada, bob=bob, total=ada + bob)
-        verdict(ada + bob == 100, result)
+        verdict(ada + bob == 100, f"`{block.__name__}`: Ada {ada} + Bob {bob} = {ada + bob}")
     say(_("In `transaction`, replace `ROLLBACK` by `COMMIT`, and run demo 8 again."), "→ ")
 
 
-@contextmanager
-def draft(path: str) -> Iterator[None]:
-    open(path, "w").close()
-    try:
-        yield
-    finally:
-        os.remove(path)
-
-
-IMPORTS = """\
+CHILD = """\
 from __future__ import annotations
 import os, signal, sys
 from contextlib import contextmanager
+from pathlib import Path
 """
 ENDINGS = (
     "sys.exit(1)",
@@ -626,29 +571,25 @@ def demo_kill() -> None:
 
     A `finally` is Python code: it runs only while the interpreter lives. An exception unwinds
     the block, and so does Ctrl-C (SIGINT). A signal that kills the process does not, and neither
-    does `os._exit`. So a leftover must be harmless, like the draft of `atomic_write`. (A
-    negative exit status is minus the number of the signal that killed the process.)
+    does `os._exit`. This lock then blocks the next run; a draft of `atomic_write` does no harm.
+    (A negative exit status is minus the number of the signal that killed the process.)
     """
-    show_code(draft)
-    question(
-        _("A child process ends inside a `draft` block, in five ways. Which of them clean up?")
-    )
+    show_code(careful_lock)
+    question(_("A child process ends inside this lock, in five ways. Which of them clean up?"))
     table = Table(_("the block runs"), _("exit status"), _("left in the folder"))
-    survived = []
+    leftovers = []
     for ending in ENDINGS:
-        program = IMPORTS + inspect.getsource(draft) + f"with draft('report.draft'): {ending}"
+        block = f"with careful_lock(Path('report.lock')): {ending}"
+        command = [sys.executable, "-ISc", CHILD + inspect.getsource(careful_lock) + block]
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-ISc", program]
             child = subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False)
             left = os.listdir(folder)
         table.add_row(ending, str(child.returncode), ", ".join(left))
-        if not left:
-            survived.append(ending)
+        leftovers += left
     console.print(table)
-    counts = {"n": len(survived), "all": len(ENDINGS)}
-    verdict(survived == list(ENDINGS), _("{n} of {all} ways clean up.").format(**counts))
+    verdict(not leftovers, _("{n} of 5 ways leave the lock behind.").format(n=len(leftovers)))
     handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))"
-    say(_("To `IMPORTS`, add `{handler}`, and run demo 9 again.").format(handler=handler), "→ ")
+    say(_("Add `{handler}` to `CHILD`, and run demo 9 again.").format(handler=handler), "→ ")
 
 
 def demo_toolbox() -> None:
@@ -656,17 +597,14 @@ def demo_toolbox() -> None:
 
     Look into `contextlib` before you write a manager of your own.
     """
-    table = Table(Column("contextlib", overflow="fold"), _("use it if"))
-    for code, when in (
-        ("with closing(connection):", _("the block should end with `close()`")),
-        ("with suppress(FileNotFoundError):", _("an exception means that all is well")),
-        ("with redirect_stdout(file):", _("code prints what you want to keep")),
-        ("with chdir(folder):", _("code works in the current directory")),
-        ("with nullcontext(sys.stdout):", _("sometimes there is nothing to clean up")),
-        ("with ExitStack() as stack:", _("the number of managers is known only at run time")),
-        ("class Traced(ContextDecorator):", _("your class should decorate functions, too")),
-    ):
-        table.add_row(code, when)
+    table = Table("contextlib", _("use it if"))
+    table.add_row("with closing(connection):", _("the block should end with `close()`"))
+    table.add_row("with suppress(KeyError):", _("an exception means that all is well"))
+    table.add_row("with redirect_stdout(file):", _("code prints what you want to keep"))
+    table.add_row("with chdir(folder):", _("code works in the current directory"))
+    table.add_row("with nullcontext(sys.stdout):", _("sometimes there is nothing to clean up"))
+    table.add_row("with ExitStack() as stack:", _("the number of managers can vary"))
+    table.add_row("class Traced(ContextDecorator):", _("your class should decorate functions, too"))
     console.print(table)
 
 
@@ -701,10 +639,10 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
 LOCALE = Path(__file__).parent / "locale"
 _ = gettext.translation("workshop", LOCALE, fallback=True).gettext
 console = Console(highlight=False)
-open_brackets: list[bracket] = []
+open_brackets: list[str] = []
 stepping = False  # --step
-WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
-OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+OPENING, CLOSING = r"\"'(\[{（「《“‘", r"\"')\]},.;:!?%，。、；：！？）」》”’…—"
+WIDE = r"\u2e80-\uffe6"
 # What a line never splits: a word or a wide character, and the punctuation that clings to it.
 PIECE = rf"[{OPENING}]*(?:[{WIDE}]|[^ {WIDE}]+(?<![{OPENING}])|[^ ])[{CLOSING}]* *"
 
@@ -716,15 +654,14 @@ def wrap(text: str, width: int) -> list[str]:
         if paragraph.startswith(" "):
             lines += [*paragraph.split("\n"), ""]
             continue
-        line = ""
+        lines.append("")
         for piece in re.findall(PIECE, " ".join(paragraph.split())):
             for part in chop_cells(piece, width):
-                if cell_len(line + part.rstrip()) > width:
-                    lines.append(line.rstrip())
-                    line = ""
-                line += part
-        lines += [line.rstrip(), ""]
-    return lines[:-1]
+                if cell_len(lines[-1] + part.rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+        lines.append("")
+    return [line.rstrip() for line in lines[:-1]]
 
 
 def say(text: str, mark: str = "", style: str = "") -> None:
@@ -749,7 +686,7 @@ def question(text: str) -> None:
 
 
 def pause() -> None:
-    """With --step, wait for Enter. At the end of the input, stop waiting for it."""
+    """With --step, wait for Enter until the input ends."""
     global stepping
     if not stepping:
         return
@@ -763,34 +700,20 @@ def pause() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-class bracket:
-    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
-
-    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
-    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label, self.depth, self.error = label, 0, ""
-
-    def __enter__(self) -> Self:
-        if self.depth == 0:
-            self.error = ""
-            say(self.label, "┌ ")
-            open_brackets.append(self)
-        self.depth += 1
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        self.depth -= 1
-        if exc_type:
-            self.error = exc_type.__name__
-        if self.depth == 0:
-            ending = _("left by {error}, suppressed") if self.error else _("ended")
-            if exc_type:
-                ending = _("left by {error}")
-            open_brackets.remove(self)
-            say(ending.format(error=self.error), "└ ")
+@contextmanager
+def bracket(label: str) -> Iterator[None]:
+    """Draw where a block begins and how it ends."""
+    say(label, "┌ ")
+    open_brackets.append(label)
+    ending = _("ended")
+    try:
+        yield
+    except BaseException as error:
+        ending = _("left by {error}").format(error=type(error).__name__)
+        raise
+    finally:
+        open_brackets.pop()
+        say(ending, "└ ")
 
 
 @contextmanager
@@ -818,12 +741,10 @@ def trace() -> Iterator[list[int]]:
 def source(piece: Any) -> list[tuple[int, str]]:
     """Return the numbered lines of a function or class, without docstring and comments."""
     lines, first = inspect.getsourcelines(piece)
-    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines))).splitlines()
-    numbered = list(enumerate(code, first))
-    if piece.__doc__:
-        start = next(i for i, line in enumerate(code) if '"""' in line)
-        del numbered[start : start + piece.__doc__.count("\n") + 1]
-    return [(number, line) for number, line in numbered if line]
+    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines)))
+    if piece.__doc__:  # keep its line breaks, for the numbers
+        code = re.sub(r'(?s)""".*?"""', lambda found: "\n" * found[0].count("\n"), code, count=1)
+    return [(n, line) for n, line in enumerate(code.splitlines(), first) if line.strip()]
 
 
 def places(number: int, path: list[int]) -> str:
@@ -834,22 +755,17 @@ def places(number: int, path: list[int]) -> str:
 def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
     """Print code and the path that ran: a column for each run, with the order of its lines."""
     runs = runs or {}
-    python = Syntax("", "python", theme="ansi_dark")
     heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
-    columns = [heading, *(Column(title, justify="center") for title in runs)]
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
-    sources = [source(piece) for piece in pieces]
-    shown = {number for lines in sources for number, _text in lines}
+    table = Table(heading, *runs, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    rows: list[tuple[int, str]] = []
+    for piece in pieces:
+        rows += [*source(piece), (0, "")]  # and an empty line
+    shown = {number for number, _line in rows}
     paths = [[number for number in run if number in shown] for run in runs.values()]
-    for lines in sources:
-        for number, text in lines:
-            code = python.highlight(text)
-            code.rstrip()
-            code.no_wrap = False
-            table.add_row(code, *(places(number, path) for path in paths))
-        if lines is not sources[-1]:
-            table.add_row()
-    console.print(table, "")
+    for number, line in rows:
+        code = Syntax(line, "python", theme="ansi_dark", word_wrap=True)
+        table.add_row(code, *(places(number, path) for path in paths))
+    console.print(table)
 
 
 def play(number: int) -> None:
@@ -860,8 +776,6 @@ def play(number: int) -> None:
     console.print()
     running = DEMOS[number - 1]()
     if inspect.iscoroutine(running):
-        import asyncio  # here, so that a chapter without tasks starts sooner
-
         asyncio.run(running)
     console.print()
 
@@ -871,17 +785,15 @@ def main() -> int:
     global stepping
     gettext.bindtextdomain("workshop", LOCALE)
     gettext.textdomain("workshop")  # for argparse's own words
-    description = "\n".join(wrap(_(__doc__ or ""), console.width))
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "\n".join(wrap(_(__doc__ or ""), console.width))
+    numbers = range(1, len(DEMOS) + 1)
     parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
     parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
-    numbers = range(1, len(DEMOS) + 1)
     try:
         with command_line(parser) as options:
-            for number in options.demo:
-                if number not in numbers:
-                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            if not set(options.demo) <= set(numbers):
+                parser.error(f"choose demos from 1 to {len(DEMOS)}")
             stepping = options.step
             for position, number in enumerate(options.demo or numbers):
                 if position > 0:

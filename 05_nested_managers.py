@@ -935,10 +935,10 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
 LOCALE = Path(__file__).parent / "locale"
 _ = gettext.translation("workshop", LOCALE, fallback=True).gettext
 console = Console(highlight=False)
-open_brackets: list[bracket] = []
+open_brackets: list[str] = []
 stepping = False  # --step
-WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
-OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+OPENING, CLOSING = r"\"'(\[{（「《“‘", r"\"')\]},.;:!?%，。、；：！？）」》”’…—"
+WIDE = r"\u2e80-\uffe6"
 # What a line never splits: a word or a wide character, and the punctuation that clings to it.
 PIECE = rf"[{OPENING}]*(?:[{WIDE}]|[^ {WIDE}]+(?<![{OPENING}])|[^ ])[{CLOSING}]* *"
 
@@ -950,15 +950,14 @@ def wrap(text: str, width: int) -> list[str]:
         if paragraph.startswith(" "):
             lines += [*paragraph.split("\n"), ""]
             continue
-        line = ""
+        lines.append("")
         for piece in re.findall(PIECE, " ".join(paragraph.split())):
             for part in chop_cells(piece, width):
-                if cell_len(line + part.rstrip()) > width:
-                    lines.append(line.rstrip())
-                    line = ""
-                line += part
-        lines += [line.rstrip(), ""]
-    return lines[:-1]
+                if cell_len(lines[-1] + part.rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+        lines.append("")
+    return [line.rstrip() for line in lines[:-1]]
 
 
 def say(text: str, mark: str = "", style: str = "") -> None:
@@ -983,7 +982,7 @@ def question(text: str) -> None:
 
 
 def pause() -> None:
-    """With --step, wait for Enter. At the end of the input, stop waiting for it."""
+    """With --step, wait for Enter until the input ends."""
     global stepping
     if not stepping:
         return
@@ -997,34 +996,20 @@ def pause() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-class bracket:
-    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
-
-    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
-    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label, self.depth, self.error = label, 0, ""
-
-    def __enter__(self) -> Self:
-        if self.depth == 0:
-            self.error = ""
-            say(self.label, "┌ ")
-            open_brackets.append(self)
-        self.depth += 1
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        self.depth -= 1
-        if exc_type:
-            self.error = exc_type.__name__
-        if self.depth == 0:
-            ending = _("left by {error}, suppressed") if self.error else _("ended")
-            if exc_type:
-                ending = _("left by {error}")
-            open_brackets.remove(self)
-            say(ending.format(error=self.error), "└ ")
+@contextmanager
+def bracket(label: str) -> Iterator[None]:
+    """Draw where a block begins and how it ends."""
+    say(label, "┌ ")
+    open_brackets.append(label)
+    ending = _("ended")
+    try:
+        yield
+    except BaseException as error:
+        ending = _("left by {error}").format(error=type(error).__name__)
+        raise
+    finally:
+        open_brackets.pop()
+        say(ending, "└ ")
 
 
 @contextmanager
@@ -1052,12 +1037,10 @@ def trace() -> Iterator[list[int]]:
 def source(piece: Any) -> list[tuple[int, str]]:
     """Return the numbered lines of a function or class, without docstring and comments."""
     lines, first = inspect.getsourcelines(piece)
-    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines))).splitlines()
-    numbered = list(enumerate(code, first))
-    if piece.__doc__:
-        start = next(i for i, line in enumerate(code) if '"""' in line)
-        del numbered[start : start + piece.__doc__.count("\n") + 1]
-    return [(number, line) for number, line in numbered if line]
+    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines)))
+    if piece.__doc__:  # keep its line breaks, for the numbers
+        code = re.sub(r'(?s)""".*?"""', lambda found: "\n" * found[0].count("\n"), code, count=1)
+    return [(n, line) for n, line in enumerate(code.splitlines(), first) if line.strip()]
 
 
 def places(number: int, path: list[int]) -> str:
@@ -1068,22 +1051,17 @@ def places(number: int, path: list[int]) -> str:
 def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
     """Print code and the path that ran: a column for each run, with the order of its lines."""
     runs = runs or {}
-    python = Syntax("", "python", theme="ansi_dark")
     heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
-    columns = [heading, *(Column(title, justify="center") for title in runs)]
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
-    sources = [source(piece) for piece in pieces]
-    shown = {number for lines in sources for number, _text in lines}
+    table = Table(heading, *runs, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    rows: list[tuple[int, str]] = []
+    for piece in pieces:
+        rows += [*source(piece), (0, "")]  # and an empty line
+    shown = {number for number, _line in rows}
     paths = [[number for number in run if number in shown] for run in runs.values()]
-    for lines in sources:
-        for number, text in lines:
-            code = python.highlight(text)
-            code.rstrip()
-            code.no_wrap = False
-            table.add_row(code, *(places(number, path) for path in paths))
-        if lines is not sources[-1]:
-            table.add_row()
-    console.print(table, "")
+    for number, line in rows:
+        code = Syntax(line, "python", theme="ansi_dark", word_wrap=True)
+        table.add_row(code, *(places(number, path) for path in paths))
+    console.print(table)
 
 
 def play(number: int) -> None:
@@ -1094,8 +1072,6 @@ def play(number: int) -> None:
     console.print()
     running = DEMOS[number - 1]()
     if inspect.iscoroutine(running):
-        import asyncio  # here, so that a chapter without tasks starts sooner
-
         asyncio.run(running)
     console.print()
 
@@ -1105,17 +1081,15 @@ def main() -> int:
     global stepping
     gettext.bindtextdomain("workshop", LOCALE)
     gettext.textdomain("workshop")  # for argparse's own words
-    description = "\n".join(wrap(_(__doc__ or ""), console.width))
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "\n".join(wrap(_(__doc__ or ""), console.width))
+    numbers = range(1, len(DEMOS) + 1)
     parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
     parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
-    numbers = range(1, len(DEMOS) + 1)
     try:
         with command_line(parser) as options:
-            for number in options.demo:
-                if number not in numbers:
-                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            if not set(options.demo) <= set(numbers):
+                parser.error(f"choose demos from 1 to {len(DEMOS)}")
             stepping = options.step
             for position, number in enumerate(options.demo or numbers):
                 if position > 0:
