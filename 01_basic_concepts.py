@@ -548,7 +548,7 @@ def demo_database() -> None:
             show_code(transfer, block, runs=both(transfer, block, bank))
             ada, bob = bank.execute("SELECT ada, bob FROM money").fetchone()
         verdict(ada + bob == 100, f"`{block.__name__}`: Ada {ada} + Bob {bob} = {ada + bob}")
-    say(_("In `transaction`, replace `ROLLBACK` by `COMMIT`, and run demo 8 again."), "→ ")
+    say(_("In `transaction`, replace `ROLLBACK` with `COMMIT`, and run demo 8 again."), "→ ")
 
 
 CHILD = """\

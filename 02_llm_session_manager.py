@@ -698,7 +698,7 @@ def demo_life_cycle() -> None:
     late = outcome(lambda: tutor.ask("And one more thing?"))
     verdict(late.startswith("SessionClosedError"), late)
     edit = _(
-        "In `borrowed_or_own`, replace `with OpenAI() as client` by `for client in [OpenAI()]`,"
+        "In `borrowed_or_own`, replace `with OpenAI() as client` with `for client in [OpenAI()]`,"
         " and run demo 1 again."
     )
     say(edit, "→ ")

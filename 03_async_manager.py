@@ -487,7 +487,7 @@ async def demo_async_manager() -> None:
         ms = 1000 * (max(span.ended for span in spans) - spans[0].began)
         text = _("`{title}`: {n} of 3 tasks log in at the same time; all end after {ms:.0f} ms.")
         verdict(n == 3, text.format(title=title, n=n, ms=ms))
-    say(_("In `awaiting`, replace both `await asyncio` by `time`, and run demo 1 again."), "→ ")
+    say(_("In `awaiting`, replace both `await asyncio` with `time`, and run demo 1 again."), "→ ")
 
 
 WORK = """\
@@ -750,7 +750,7 @@ async def demo_cleanup() -> None:
     for name, now, later in results:
         text = _("`{name}`: leases released when the task ended: {now}, 60 ms later: {later}.")
         verdict(now == 1, text.format(name=name, now=now, later=later))
-    say(_("In `finish`, replace `asyncio.wait(...)` by `task`, and run demo 7 again."), "→ ")
+    say(_("In `finish`, replace `asyncio.wait(...)` with `task`, and run demo 7 again."), "→ ")
 
 
 class ChartedTransport(httpx2.AsyncHTTPTransport):

@@ -665,7 +665,9 @@ def demo_generators() -> None:
         console.print(tree_of(session, count(1)))
         result = _("`{code}`: caller itself recorded {n} of its 1 calls.")
         verdict(len(session.calls) == 1, result.format(code=code, n=len(session.calls)))
-    say(_("In `isolated`, replace `context.run(...)` by `next(...)`, and run demo 4 again."), "→ ")
+    say(
+        _("In `isolated`, replace `context.run(...)` with `next(...)`, and run demo 4 again."), "→ "
+    )
 
 
 def busy_at_first(sent: list[httpx2.Request]) -> httpx2.MockTransport:

@@ -770,7 +770,7 @@ def demo_nested_budgets() -> None:
         result = result.format(call=call.__name__, sent=sent, billed=billed, spent=spent)
         verdict(billed <= step.spent, result)
     show_code(keep_open, Budget.reserve, runs={_("the first call"): runs[0]})
-    advice = _("In `slow_call`, replace `{old}` by `{new}`, and run demo 3 again.")
+    advice = _("In `slow_call`, replace `{old}` with `{new}`, and run demo 3 again.")
     say(advice.format(old="raise TimeoutError", new="return 15"), "→ ")
 
 

@@ -346,7 +346,7 @@ async def demo_any_number() -> None:
         text = _("`{function}`: {answers}").format(function=function.__name__, answers=answers)
         verdict(answers.count("HELLO") == len(THREE), text)
     edit = _(
-        "In `THREE`, replace the last `UPPER` by `MISSING`, and run demo 2 again."
+        "In `THREE`, replace the last `UPPER` with `MISSING`, and run demo 2 again."
         " When do children 1 and 2 end?"
     )
     say(edit, "→ ")

@@ -285,7 +285,7 @@ def compare_seconds(profile: Any, seconds: dict[str, float]) -> None:
         "case and when its lease ends. Reserve in one transaction (BEGIN IMMEDIATE, UPDATE, "
         "INSERT), settle in another one (DELETE the row; if it was there, correct what is taken). "
         "Open a connection for each step, and keep `path.absolute()`. `balance` is one SELECT, in "
-        "no transaction. PostgreSQL runs the same statements, with %(name)s for :name."
+        "no transaction. PostgreSQL runs the same statements, with `%(name)s` for `:name`."
     ),
     seconds=30,  # two seconds, or five with PostgreSQL, on a machine that does nothing else
 )
