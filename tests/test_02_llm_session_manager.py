@@ -27,8 +27,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from conftest import chapter_path, load_chapter, open_descriptors
+from conftest import chapter_path, load_chapter
 from contract import SYNC_WAYS, Subject, Way
+from left_behind import open_descriptors
 
 chapter: Any = load_chapter(2)
 PARTS = len(range(0, chapter.SOURCE.count("\n"), 200))  # contextlib grows with each Python

@@ -18,8 +18,9 @@ import anyio
 import httpx2
 import openai
 import pytest
-from conftest import chapter_path, child_processes, load_chapter
+from conftest import chapter_path, load_chapter
 from contract import ASYNC_WAYS, Subject, Way
+from left_behind import child_processes
 from rich.console import Console
 
 chapter: Any = load_chapter(3)

@@ -25,8 +25,9 @@ from typing import Any, cast
 
 import anyio
 import pytest
-from conftest import chapter_path, child_processes, load_chapter, open_descriptors
+from conftest import chapter_path, load_chapter
 from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way
+from left_behind import child_processes, open_descriptors
 from rich.console import Console
 
 chapter: Any = load_chapter(7)

@@ -1,6 +1,6 @@
 """The rule that holds all other tests is itself held here: each kind of leak is reported.
 
-Each test runs pytest on a small file of its own, beside a copy of the real conftest.py.
+Each test runs pytest on a small file of its own, beside a copy of left_behind.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ pytest_plugins = ["pytester"]
 HEADING = """
 import asyncio, contextlib, contextvars, decimal, os, socket, sqlite3, subprocess, sys
 import tempfile, threading
-import conftest, pytest, pytest_asyncio
+import left_behind, pytest, pytest_asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-conftest.PATIENCE = 0.1
+left_behind.PATIENCE = 0.1
 variable = contextvars.ContextVar("variable", default=None)
 """
 
@@ -87,8 +87,10 @@ async def test_variable_in_async_test():  # context variable .*: 'left' became '
 
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A folder with the real conftest.py."""
-    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    """A folder with a conftest.py as left_behind.py asks for."""
+    rule = (ROOT / "tests" / "left_behind.py").read_text(encoding="utf-8")
+    pytester.makepyfile(left_behind=rule)
+    pytester.makeconftest("from left_behind import nothing_left_behind, tasks_may_be_abandoned")
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     return pytester
 
