@@ -104,7 +104,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
-    """Print how much the cleanup contract tried, and what was left behind."""
+    """Print how much the cleanup contract and the judges of the exercises tried."""
     managers = {name for names, _ways, _points in judged for name in names}
     if managers:
         ways = sum(ways for _names, ways, _points in judged)
@@ -114,3 +114,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
             f"cleanup contract: {len(managers)} managers, {ways:,} ways out of a block, "
             f"cancelled at {points:,} places; left behind: {left}"
         )
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", [])]
+    wrong = sum("test_a_wrong_answer_is_told_its_cause" in name for name in passed)
+    if wrong:
+        terminalreporter.write_line(f"exercises: {wrong} wrong answers, each told its cause")
