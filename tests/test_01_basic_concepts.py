@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import gc
 import logging
 import os
 import socket
@@ -577,7 +576,6 @@ def test_ctrl_c_at_any_opcode_of_atomic_write_leaves_no_draft(tmp_path: Path, fa
                 raise ValueError
 
     def check(line: str) -> None:
-        gc.collect()
         drafts = [name for name in os.listdir(tmp_path) if name != "file"]
         # In the cleanup itself it can be left: nothing in Python prevents that.
         assert not drafts or "draft.unlink" in line, line
