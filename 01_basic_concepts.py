@@ -201,10 +201,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     # subtle: begin inside the `try`. Ctrl-C right after BEGIN would leave the transaction open.
     try:
         connection.execute("BEGIN IMMEDIATE")  # take the write lock now, not half-way through
-        connection.execute("SAVEPOINT leave_commit_and_rollback_to_the_manager")
+        connection.execute("SAVEPOINT do_not_commit")
         yield connection
-        # If the block committed or rolled back, this fails: "no such savepoint: leave_commit_..."
-        connection.execute("RELEASE leave_commit_and_rollback_to_the_manager")
+        # If the block committed or rolled back, this fails: "no such savepoint: do_not_commit"
+        connection.execute("RELEASE do_not_commit")
         connection.execute("COMMIT")  # inside the `try`: a failed commit must roll back, too
     except BaseException:
         if connection.in_transaction:

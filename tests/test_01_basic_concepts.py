@@ -699,7 +699,7 @@ def test_a_block_that_ends_its_own_transaction_gets_a_clear_error(
 ) -> None:
     accounts.isolation_level = isolation_level
     with (
-        pytest.raises(sqlite3.OperationalError, match="leave_commit_and_rollback_to_the_manager"),
+        pytest.raises(sqlite3.OperationalError, match="do_not_commit"),
         chapter.transaction(accounts),
     ):
         insert(accounts, "Ada")
