@@ -6,8 +6,9 @@ judge, in words; there is no traceback. Solved or not depends on the files alone
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,12 +29,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # The reports below replace pytest's list of failures and its summary.
     config.option.tbstyle = "no"
     config.option.reportchars = ""
+    config.option.no_header = True
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(
+    file_path: Path, parent: pytest.Collector
+) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    collectors = yield
     if file_path.parent == HERE and file_path.match("ex_*.py"):
-        return ExerciseFile.from_parent(parent, path=file_path)
-    return None
+        # subtle: pytest imports a file that the command line names. An answer may hang or exit.
+        return [ExerciseFile.from_parent(parent, path=file_path)]
+    return collectors
 
 
 class ExerciseFile(pytest.File):
@@ -54,6 +61,7 @@ class Exercise(pytest.Item):
     def __init__(self, *, task: Task, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.task = task
+        self.extra_keyword_matches |= {task.kind, *task.names}  # for `-k`
 
     def runtest(self) -> None:
         report = judging.judge(self.task, self.path)
@@ -95,10 +103,11 @@ def in_lines(task: Task, report: Report, strong: bool) -> str:
     if report.printed:
         lines.append("  " + _("your code printed:"))
         lines.extend(f"    {line}".rstrip() for line in report.printed.splitlines())
-    add(_("hint:"), task.hint)
-    if strong:
-        add(_("stronger hint:"), task.strong_hint)
-    add(_("look again at:"), task.lesson)
+    if report.imported:
+        add(_("hint:"), task.hint)
+        if strong:
+            add(_("stronger hint:"), task.strong_hint)
+        add(_("look again at:"), re.sub("^python ", ".venv/bin/python ", task.lesson))
     return "\n".join(lines)
 
 
@@ -107,7 +116,7 @@ def stage() -> ModuleType:
     return judging.chapter(1)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     """Print what is solved, what is not, and one line of progress."""
     found: dict[str, dict[str, str]] = {}
     for outcome in ("passed", "failed"):
@@ -131,8 +140,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         else:
             write(f"✗ {name}", red=True)
             write(found[name]["report"])
-            write("")
+            if name != max(found):
+                write("")
     write("")
+    if exitstatus == pytest.ExitCode.INTERRUPTED:  # the others were not judged
+        return
     progress = _("{n} of {all} solved").format(n=len(found) - len(unsolved), all=len(found))
     if unsolved:
         place = found[unsolved[0]]["file"]

@@ -23,8 +23,9 @@ def maintenance(flags: MutableMapping[str, bool]) -> Iterator[None]:
     failed, and the site stayed closed until Monday. Since then, somebody presses Ctrl-C as soon
     as a migration hangs, and then the site stays closed as well.
 
-    Mend it: however the block ends, `flags["maintenance"]` is what it was before. Blocks nest: a
-    deployment calls scripts that close the site, too.
+    Fix it: however the block ends, the site is as it was before, and the block's exception
+    propagates. If `flags` has no key "maintenance", the site is open. Blocks nest: a deployment
+    calls scripts that close the site, too.
     """
     flags["maintenance"] = True
     yield
@@ -43,9 +44,10 @@ def environment(**changes: str | None) -> Iterator[None]:
         with environment(OPENAI_MODEL="gpt-4o-mini", OPENAI_API_KEY=None):
             ...
 
-    In the block, each variable in `os.environ` has its new value; None removes it. Afterwards,
-    `os.environ` is as before: old values are back, and what was absent is absent again. If a value
-    cannot be set (it is not a str, for example), the error propagates and nothing stays changed.
+    In the block, each variable in `os.environ` has its new value; None removes it, if it is there.
+    Afterwards, these variables are as before: old values are back, and what was absent is absent
+    again. If a value cannot be set (it is not a str, for example), the error propagates and
+    nothing stays changed.
     """
     raise NotImplementedError
     yield
@@ -58,17 +60,17 @@ class GeneratorManager:
     """What the decorator makes of a generator. Change it as you like."""
 
     def __init__(self, generator: Generator[Any, None, None]) -> None:
-        self.generator = generator
+        self.gen = generator  # Python's tests look for this name
 
     def __enter__(self) -> Any:
-        return next(self.generator)
+        return next(self.gen)
 
     def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> bool:
         try:
             if exc is None:
-                next(self.generator)
+                next(self.gen)
             else:
-                self.generator.throw(exc)
+                self.gen.throw(exc)
         except StopIteration:
             return exc is not None
         raise RuntimeError("the generator has a second `yield`")

@@ -28,7 +28,7 @@ def turn(messages: list[Message], prompt: str) -> Iterator[list[str]]:
     in the list, without an answer, so the bot sends them again with each new question. Users who
     press Ctrl-C while they wait leave such a question behind as well.
 
-    Mend it: if the block ends well, the list keeps the question and the answer. If the block
+    Fix it: if the block ends well, the list keeps the question and the answer. If the block
     raises anything at all, the list holds what it held before, and the exception propagates.
 
     During the block, the question is in the list. The block fills `pieces` with the parts of the

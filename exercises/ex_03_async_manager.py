@@ -29,7 +29,7 @@ async def licence(
     starts any more: the queue is empty, although nobody holds a licence. The audit log is slow,
     and sometimes down. The users are impatient: they press Stop, which cancels their task.
 
-    Mend it: when the `async with` statement has ended, the licence is back in the queue, exactly
+    Fix it: when the `async with` statement has ended, the licence is back in the queue, exactly
     once, even if `audit` raises or the task is cancelled at any `await`, in its cleanup, too. The
     error or the cancellation propagates. The log still gets both lines, unless it fails.
     """

@@ -43,7 +43,7 @@ class ActingAs:
     `with as_admin:`. Then the end of a block raises RuntimeError or ValueError, and the visitor
     stays an administrator.
 
-    Mend it: you can enter the same manager again, inside its own block, and in several tasks and
+    Fix it: you can enter the same manager again, inside its own block, and in several tasks and
     threads at once, in any order. However a block ends, `current_role()` is what it was before the
     block. A task that is created in a block keeps the role of that block, even after the block has
     ended.

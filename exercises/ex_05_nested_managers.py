@@ -54,7 +54,7 @@ def paid_from(wallet: Wallet, worst_case: int) -> Iterator[Bill]:
     that nothing was spent. But the provider had billed every call, since it does not care whether
     anybody waits for the answer. And together its bills were twice the limit of the wallet.
 
-    Mend it: if the worst case does not fit beside what is spent and what is reserved, raise
+    Fix it: if the worst case does not fit beside what is spent and what is reserved, raise
     BudgetExceededError. However the block ends, its reservation is gone afterwards, `wallet.spent`
     has grown by the cost, and the block's own exception propagates. An unknown cost counts as the
     worst case. A cost of 0 is known.

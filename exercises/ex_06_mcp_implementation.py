@@ -30,7 +30,7 @@ async def connected(
     servers never get ready, so somebody limited the start to 15 s. The tests pass. In production,
     every conversation breaks off after 15 s, with a TimeoutError in the middle of an answer.
 
-    Mend it: `startup_timeout` limits the start and nothing else. If the client is not ready
+    Fix it: `startup_timeout` limits the start and nothing else. If the client is not ready
     within so many seconds, TimeoutError propagates, and the client has cleaned up. The block and
     the exit of the client have no limit. As chapter 06 demands, enter and exit the client in the
     task that uses `connected`; it contains cancel scopes of anyio, as the real one does.

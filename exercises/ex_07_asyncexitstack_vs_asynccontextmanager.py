@@ -26,7 +26,7 @@ class Connections:
     to the database open, until the database accepted no more. In the morning somebody found half
     an order in the database: a block had raised, and the transaction was committed all the same.
 
-    Mend it: `async with Connections(factories) as values` does what nested `async with`
+    Fix it: `async with Connections(factories) as values` does what nested `async with`
     statements do, one for each factory's manager, the first one outermost. If a manager cannot be
     entered, or the task is cancelled meanwhile, those before it are exited. Each exit gets the
     exception that ended the block or the set-up, or None, and may suppress that of the block. An

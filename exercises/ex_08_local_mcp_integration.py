@@ -46,7 +46,7 @@ async def connected(
     another night, `orders` died during the work. Half of the report was missing, but the program
     ended well and logged a warning about `pictures`.
 
-    Mend it: start the servers in their order. An optional one that cannot be entered is left out,
+    Fix it: start the servers in their order. An optional one that cannot be entered is left out,
     and a warning is logged that names it. If another one cannot be entered, its exception
     propagates, with a note (`add_note`) that names the server. Exceptions of the block propagate,
     whatever they are, and so does a cancellation. The servers are exited in reverse order.

@@ -28,7 +28,7 @@ def deployment(lock: threading.Lock, listeners: list[Listener]) -> Iterator[None
     server was down. The listener that posts to the chat raised an error, the log was not told,
     and the lock was never released: nobody could deploy until somebody restarted everything.
 
-    Mend the Observer. A listener that raises an Exception changes nothing: the block runs, the
+    Fix the Observer. A listener that raises an Exception changes nothing: the block runs, the
     other listeners are told, the lock is released, and the block's own exception comes out. The
     listener's exception is logged with its traceback, by `logging.exception`. Ctrl-C is not the
     listener's: KeyboardInterrupt propagates at once, and the lock is released then, too.

@@ -40,7 +40,7 @@ for folder in (HERE, ROOT / "tests"):  # `judging` for the judges, and the clean
         sys.path.append(str(folder))
 
 _ = gettext.translation("workshop", ROOT / "locale", fallback=True).gettext
-MOST_PLACES = 6  # of one line in the path that ran; a loop has many
+MOST_PLACES = 4  # of one line in the path that ran; a loop has many
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Report:
     expected: str = ""
     happened: str = ""
     path: str = ""  # the path that ran
+    imported: bool = True  # if not, the hints do not help yet
     story: str = ""  # the task's text, in a language other than the file's
     printed: str = ""  # what the answer printed
 
@@ -113,6 +114,12 @@ class Progress:
     called: str = ""
     lines: list[int] = field(default_factory=list)  # that ran, of the answer
     answer: ModuleType | None = None
+    path: str = ""  # of the answer
+
+    @property
+    def file(self) -> str | None:
+        """The answer's file, even while it is being imported."""
+        return getattr(self.answer, "__file__", self.path)
 
 
 progress = Progress()
@@ -138,6 +145,11 @@ def attempt(called: str, expected: str = "", traced: bool = True) -> Iterator[No
             _("your code"), _("there is none yet, only NotImplementedError")
         ) from None
     except BaseException as error:
+        context = error.__context__
+        while context is not None:
+            if isinstance(context, NotSolvedError):  # found first; cleanup then raised, too
+                raise context from None
+            context = context.__context__
         happened = in_words(error)
         raise NotSolvedError(expected or _("no exception"), happened) from error
 
@@ -145,7 +157,7 @@ def attempt(called: str, expected: str = "", traced: bool = True) -> Iterator[No
 @contextmanager
 def record_lines() -> Iterator[None]:
     """Record which lines of the answer run, in every thread that starts in this block."""
-    file = getattr(progress.answer, "__file__", None)
+    file = progress.file
     last: dict[int, int] = {}
 
     def on_event(frame: FrameType, event: str, _argument: object) -> Any:
@@ -180,7 +192,7 @@ def keep_contract(make_subject: Callable[[], Any], skip: tuple[str, ...] = ()) -
     import contract
 
     managers = contract.ASYNC_WAYS if is_async(make_subject) else contract.SYNC_WAYS
-    expected = _("the cleanup has run, and the block's own exception comes out")
+    expected = _("nothing is left behind, and no exception is lost")
     for way in managers:
         if way.__name__ in skip:
             continue
@@ -193,7 +205,9 @@ def keep_contract(make_subject: Callable[[], Any], skip: tuple[str, ...] = ()) -
             except unittest.SkipTest:
                 continue
             except contract.Broken as error:
-                raise NotSolvedError(expected, error.what) from error
+                faults = r"under (setup|cleanup)_faults\[\d+\]"
+                happened = re.sub(faults, r"after its \1 failed", error.what)
+                raise NotSolvedError(expected, happened) from error
 
 
 def is_async(make_subject: Callable[[], Any]) -> bool:
@@ -213,14 +227,14 @@ def chapter(number: int) -> ModuleType:
 
 def in_words(error: BaseException) -> str:
     """Return an exception and the line of the answer that it came from."""
-    file = getattr(progress.answer, "__file__", None)
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
+        if frame.filename == progress.file
     ]
     name = type(error).__name__
-    what = f"{name}: {error}" if str(error) else name
+    message = str(error).rstrip(".")
+    what = f"{name}: {message}" if message else name
     if lines:
         return _("{error}, raised in line {line} of your file").format(error=what, line=lines[-1])
     return _("{error} was raised").format(error=what)
@@ -294,6 +308,7 @@ def tasks_of(stem: str) -> list[Task]:
 def judge_here(task: Task, answer: Path) -> Report:
     """Judge an answer in this process."""
     progress.called = _("import {file}").format(file=answer.name)
+    progress.path = str(answer)
     try:
         with attempt(progress.called):
             progress.answer = load(answer, f"answer_{answer.stem}")
@@ -308,7 +323,8 @@ def judge_here(task: Task, answer: Path) -> Report:
 
 def finish_report(task: Task, answer: Path, report: Report) -> Report:
     """Add the path that ran and, in another language, the task's text."""
-    report.path = path_that_ran(task, answer)
+    report.imported = hasattr(progress.answer, task.names[0])
+    report.path = path_that_ran(task, answer) if report.imported else ""
     asked = getattr(progress.answer, task.names[0], None)
     if asked.__doc__ and _(inspect.getdoc(asked) or "") != inspect.getdoc(asked):
         report.story = _(inspect.getdoc(asked) or "").partition("\n\n")[2]  # less the title
@@ -340,7 +356,7 @@ def main() -> NoReturn:
 
     def give_up() -> None:
         expected = _("it ends within {seconds:g} s").format(seconds=task.seconds)
-        report = Report(False, progress.called, expected, _("it was still waiting then"))
+        report = Report(False, progress.called, expected, _("it was still running then"))
         tell(finish_report(task, answer, report))
 
     watchdog = threading.Timer(task.seconds, give_up)
@@ -373,7 +389,7 @@ def judge(task: Task, answer: Path) -> Report:
         report = Report(**json.loads(out))
     except ValueError:
         happened = _("the process ended with status {status}").format(status=child.returncode)
-        report = Report(False, _("run the file"), _("a report"), happened)
+        report = Report(False, _("run the file"), _("the process goes on"), happened)
     report.printed = re.sub(r"\n{2,}", "\n", printed).strip()[-2000:]
     return report
 

@@ -7,6 +7,8 @@ chapter; each has the words that its report must say.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +79,32 @@ def test_a_wrong_answer_is_told_its_cause(wrong: WrongAnswer, tmp_path: Path) ->
     assert not report.solved
     assert wrong.called in report.called
     assert wrong.says in report.happened
+
+
+def test_pytest_leaves_the_import_to_the_judge() -> None:
+    # pytest imports a Python file that the command line names; an answer may hang or exit then.
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", str(FILES[0])]
+    tree = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "<Exercise 01.3>" in tree
+    assert "<Module" not in tree
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("import sys; sys.exit()", "SystemExit, raised in line "),
+        ("with open(", "SyntaxError: '(' was never closed"),
+        ("import no_such_module", "No module named 'no_such_module', raised in line "),
+    ],
+)
+def test_a_file_that_cannot_be_imported_gets_no_hint(line: str, says: str, tmp_path: Path) -> None:
+    answer = tmp_path / "answer.py"
+    answer.write_text(f"{FILES[0].read_text()}\n{line}")
+    report = judging.judge(TASKS["01.1"], answer)
+    assert report.called == "import answer.py"
+    assert says in report.happened
+    assert not report.imported
+    assert not report.path
 
 
 def test_every_task_has_two_wrong_answers_or_more() -> None:

@@ -19,7 +19,10 @@ from judging import _, attempt, expect, keep_contract, task
     _("The site that stayed closed"),
     "maintenance",
     lesson="python 01_basic_concepts.py 3 4",
-    hint=_("The exception comes out of `yield`. Which statement runs code even then?"),
+    hint=_(
+        "The exception comes out of `yield`. Which statement runs code even then? And what was "
+        "the flag before the block?"
+    ),
     strong_hint=_(
         "Put the last line into a `finally`. Before the `try`, remember what the flag was: False "
         "is right only for the outermost block."
@@ -64,7 +67,7 @@ def judge_maintenance(answer: Any) -> None:
             _("the inner block opens it"),
         )
     flags = {}
-    with attempt(_("`flags` has no key `maintenance` yet"), _("it has none afterwards")):
+    with attempt(_("`flags` has no key `maintenance`, since the site is open"), open_again):
         with answer.maintenance(flags):
             pass
     expect(
@@ -79,7 +82,10 @@ def judge_maintenance(answer: Any) -> None:
     _("Change environment variables for one block"),
     "environment",
     lesson="python 01_basic_concepts.py 4",
-    hint=_("What was absent must be absent again. `os.environ.get(name)` cannot tell you that."),
+    hint=_(
+        "What was absent must be absent again: None cannot be stored, and a variable that is "
+        "absent cannot be deleted. And what if the second change fails after the first one?"
+    ),
     strong_hint=_(
         "Make a copy, `before = dict(os.environ)`, change inside a `try`, and in `finally` restore "
         "each name in `changes`: its old value if `before` has one, else remove it."
@@ -118,13 +124,18 @@ def judge_environment(answer: Any) -> None:
         before = dict(os.environ)
         called = _('environment(WORKSHOP_SET="new", WORKSHOP_ABSENT=5): 5 is not a str')
         raised = False
-        with attempt(called), suppress(TypeError):
+        propagates = _("the TypeError of `os.environ` propagates")
+        with attempt(called, propagates):
             try:
                 with answer.environment(WORKSHOP_SET="new", WORKSHOP_ABSENT=5):
                     pass
             except TypeError:
                 raised = True
-        expect(raised, _("TypeError, as os.environ raises it"), _("no exception"))
+        expect(raised, propagates, _("no exception comes out"))
+        compare_environment(before)
+        called = _("environment(WORKSHOP_ABSENT=None): it is absent already")
+        with attempt(called), answer.environment(WORKSHOP_ABSENT=None):
+            pass
         compare_environment(before)
 
 
@@ -151,9 +162,10 @@ def compare_environment(before: dict[str, str]) -> None:
         "`contextmanager_from_scratch` in chapter 01 lists what the short version lacks."
     ),
     strong_hint=_(
-        "An exception that comes back out of `throw` may be the very one that was thrown in: then "
-        "return False. A StopIteration inside a generator becomes a RuntimeError whose "
-        "`__cause__` it is. For decorators, make a new generator for each call."
+        "The exception that comes out of `throw` may be the one that you threw in. Then restore "
+        "its `__traceback__`, and return False. A StopIteration that leaves a generator becomes "
+        "a RuntimeError; its `__cause__` is the StopIteration. A decorated function needs a new "
+        "generator for each call, but `__enter__` drops the arguments: they may be large."
     ),
     seconds=20,
 )

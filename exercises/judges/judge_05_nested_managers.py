@@ -485,7 +485,13 @@ def no_writing(ledger: Path) -> Iterator[None]:
     finally:
         with closing(sqlite3.connect(ledger, isolation_level=None)) as connection:
             for name, _verb, _table in triggers():
-                connection.execute(f"DROP TRIGGER {name}")
+                try:
+                    connection.execute(f"DROP TRIGGER {name}")
+                except sqlite3.OperationalError as error:
+                    raise NotSolvedError(
+                        _("after a statement that fails, its transaction is rolled back"),
+                        _("it stays open, and the database is locked"),
+                    ) from error
 
 
 def settling_fails(answer: Any, ledger: Path) -> None:
@@ -564,7 +570,7 @@ def keeps_the_contract(answer: Any, ledger: Path) -> None:
             when_used.append(stack)
             yield sqlite3.Error
             when_used.clear()
-        clock.now += 60  # what could not be settled is shown as spent
+        clock.now += 61  # past the lease: what could not be settled is shown as spent
 
     def use(_reservation: object) -> None:
         for stack in when_used:
@@ -574,7 +580,7 @@ def keeps_the_contract(answer: Any, ledger: Path) -> None:
 
         def leaks() -> object:
             reserved = budget.balance().reserved
-            return reserved and f"{dollars(reserved)} is reserved"
+            return reserved and f"{dollars(reserved)} is still reserved"
 
         keep_contract(
             lambda: Subject(

@@ -118,7 +118,7 @@ def recorded() -> Iterator[list[str]]:
     "08.1",
     _("The report that nobody missed"),
     "connected",
-    lesson="python 08_local_mcp_integration.py 5",
+    lesson="python 08_local_mcp_integration.py 3",
     hint=_(
         "The `except` is meant for a server that does not start. What else raises inside this "
         "`try`? And what is `name` then?"
@@ -257,7 +257,7 @@ async def cancelled_in_start(answer: Any) -> None:
     "08.2",
     _("Start a server, and leave no process behind"),
     "server_process",
-    lesson="python 08_local_mcp_integration.py 1 4",
+    lesson="python 08_local_mcp_integration.py 1 3",
     hint=_(
         "`start_new_session=True` makes the process group, `os.killpg` signals "
         "it, and `server.wait(timeout)` raises TimeoutExpired. Which of your lines may raise, and "
@@ -618,7 +618,7 @@ class World:
     "08.3",
     _("Restart a server that dies"),
     "supervised",
-    lesson="python 08_local_mcp_integration.py 4",
+    lesson="python 08_local_mcp_integration.py 3",
     hint=_(
         "One task holds all hubs, one after the other; `call` waits for the one that is ready. "
         "`on_change` is a plain function: it can set an Event, or replace a Future that is done."

@@ -76,6 +76,22 @@ def environment(**changes):
         os.environ.clear()
         os.environ.update(before)
 
+# %% 2 an absent variable cannot be deleted
+# called: it is absent already
+# says: KeyError: 'WORKSHOP_ABSENT'
+@contextmanager
+def environment(**changes):
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        for name, value in changes.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        yield
+    finally:
+        put(before)
+
 # %% 3 the arguments stay alive during the block
 # called: test_nokeepref
 # says: is not None
