@@ -2,30 +2,32 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "rich>=14.1,<16",
+#     "openai>=3.50,<4",
 #     "mcp>=2.3,<3",
-#     "mcp-server-git>=2026.10",
 #     "mcp-server-time>=2026.10",
 # ]
 # ///
 """Chapter 08 · Several MCP servers, one block
 
-After this chapter you can start MCP servers side by side, call their tools, go on when one of
-them dies, and be sure that no child process is left, however your block ends.
+After this chapter you can start MCP servers side by side, let a model use their tools, go on if
+one of them dies, and be sure that no child process is left, however your block ends.
 
-    python 08_local_mcp_integration.py                    run all six demos
+    python 08_local_mcp_integration.py                    run all five demos
     python 08_local_mcp_integration.py 2 4                run demos 2 and 4
     python 08_local_mcp_integration.py --step             wait for Enter
-    python 08_local_mcp_integration.py --config FILE      start your servers
+    python 08_local_mcp_integration.py --live             ask a real model in demo 4
     python 08_local_mcp_integration.py serve notes FILE   serve notes in SQLite
     python 08_local_mcp_integration.py serve files DIR    serve a directory
 
-`--config` takes an mcpServers file, as MCP hosts use it. `serve` makes this file an MCP server
-that speaks over stdin and stdout; with `--http PORT` it prints its URL and serves HTTP.
+`serve` makes this file an MCP server that speaks over stdin and stdout; with `--http PORT` it
+prints its URL and serves HTTP.
 
-Look at `connect` and at `_Owner` first, then at the process ids in the demos. Everything is real:
-child processes, sockets, git, SQLite. Nothing leaves your machine.
+Read `connect` and `run_with_tools` first, then run the demos. Child processes, sockets, SQLite
+and the OpenAI client are real. Offline, a stand-in plays the model.
 
-Left out: prompts and resources, authentication, Windows (its event loop cannot watch a pipe).
+Left out: OAuth, sampling, prompts and resources (`hub.ask` reaches them), a restart policy (a
+capstone, built on `on_change`), a budget for the model (chapter 05), services that report a
+forgotten session by 400 instead of 404, renewing a subscription to the list of tools, Windows.
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ import math
 import os
 import re
 import reprlib
-import shutil
 import signal
 import socket
 import sqlite3
@@ -48,16 +49,26 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+)
+from contextlib import (
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any, Literal, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import anyio
 import httpx2
@@ -90,14 +101,14 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass as checked_dataclass
-from pydantic_core import to_json
-from rich.bar import Bar
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
-from rich.live import Live
 from rich.syntax import Syntax
 from rich.table import Column, Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 T = TypeVar("T")
 State = Literal["starting", "ready", "lost", "failed", "stopped"]
@@ -105,6 +116,7 @@ EXIT_TIMEOUT = 2.0  # seconds for a child to exit when its input ends, and again
 LEAVE_TIMEOUT = 5.0  # seconds to end a session with a service, or the lifespan of an MCPServer
 LONGEST_LINE = 16 * 2**20  # bytes of one message from a child
 MOST_PAGES = 100  # of a list of tools
+ARGUMENTS = TypeAdapter(dict[str, Any])
 logger = logging.getLogger("mcp_hub")
 
 
@@ -250,7 +262,9 @@ class McpHub:
             raise ServerError(server, f"has no tool {tool!r}; it has: {', '.join(names)}")
         given = dict(arguments or {})
         try:
-            to_json(given)  # subtle: to fail while it is sent could end the whole connection
+            ARGUMENTS.dump_json(
+                given
+            )  # subtle: to fail while it is sent could end the whole connection
         except ValueError as error:
             raise ServerError(server, f"cannot be sent these arguments: {error}") from error
         return await self.ask(
@@ -395,7 +409,7 @@ class _Owner:
                         await self.follow_tools(client)
                     connection.scope.deadline = anyio.current_time() + LEAVE_TIMEOUT
             if connection.died:
-                problem = "forgot our session" if connection.forgotten else "ended by itself"
+                problem = "forgot our session" if connection.forgotten else "ended"
         except Exception as error:
             problem = _cause(error)
         for line in reversed(self.last_words):
@@ -405,8 +419,11 @@ class _Owner:
 
     async def follow_tools(self, client: Client) -> None:
         """List the tools again whenever the server says that they have changed."""
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.subscribe, client)
+        async with AsyncExitStack() as stack:
+            with suppress(ListenNotSupportedError, MCPError, SubscriptionLost):
+                # A server with the newer protocol reports changes only to those who ask.
+                await stack.enter_async_context(client.listen(tools_list_changed=True))
+                self.tools_changed.set()  # perhaps they changed before
             while True:
                 await self.tools_changed.wait()
                 self.tools_changed.clear()
@@ -414,18 +431,6 @@ class _Owner:
                     tools = await _list_tools(client)
                     if tools != self.status.tools and not self.connection.died:
                         self.set_status("ready", tools=tools)
-
-    async def subscribe(self, client: Client) -> None:
-        """Ask for changes, as the newer protocol demands. `on_message` hears them, in both."""
-        with suppress(ListenNotSupportedError, MCPError):
-            while True:
-                with suppress(SubscriptionLost):
-                    async with client.listen(tools_list_changed=True) as changes:
-                        self.tools_changed.set()  # perhaps they did before
-                        async for _change in changes:
-                            pass
-                        return
-                await anyio.sleep(1.0)
 
     async def on_message(self, message: object) -> None:
         if isinstance(message, ToolListChangedNotification):
@@ -490,14 +495,10 @@ class _Owner:
         """Open the way to a server outside; yield the streams to read and to write."""
 
         async def on_response(response: httpx2.Response) -> None:
-            # By the specification, 404 means that our session is over, and that we must initialise
-            # a new one. Many servers answer 400 instead, and name the session in their words.
             request = response.request
-            if request.method == "POST" and "mcp-session-id" in request.headers:
-                if response.status_code == 404:
-                    connection.forgotten = True
-                elif response.status_code == 400:
-                    connection.forgotten = b"session" in (await response.aread()).lower()
+            in_session = request.method == "POST" and "mcp-session-id" in request.headers
+            if in_session and response.status_code == 404:  # as the specification says
+                connection.forgotten = True
 
         url, headers = str(config.url), config.headers
         async with AsyncExitStack() as stack:
@@ -759,27 +760,151 @@ def _cause(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, MCPError) and error.message == "Connection closed":  # the SDK's words
-        return "ended by itself"
+        return "ended"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+# --- A model that uses the tools ---
+
+Message: TypeAlias = Any  # a message of the Chat Completions API: a dict
+NamedTools: TypeAlias = dict[str, tuple[str, Tool]]  # server and tool by the model's name
+
+
+class ReplyError(RuntimeError):
+    """The model's reply is not a chat completion, or it does not stop asking for tools."""
+
+
+def chat_tools(hub: McpHub) -> NamedTools:
+    """Return the server and the tool behind each name that a model sees: `server__tool`.
+
+    A name has at most 64 letters, digits, `_` and `-`: other characters become `_`, and a name
+    that is already taken gets a number.
+    """
+    named: NamedTools = {}
+    for server, tools in hub.tools.items():
+        for tool in tools:
+            name = valid = re.sub(r"[^a-zA-Z0-9_-]", "_", f"{server}__{tool.name}")[:64]
+            number = 1
+            while name in named:
+                number += 1
+                name = f"{valid[:58]}_{number}"
+            named[name] = server, tool
+    return named
+
+
+async def run_with_tools(
+    client: AsyncOpenAI, model: str, messages: list[Message], hub: McpHub, *, max_rounds: int = 8
+) -> list[Message]:
+    """Let a model answer `messages` with the hub's tools. Return the new messages, answer last.
+
+    If the model asks for several tools in one reply, they run at the same time. If a tool fails,
+    or the model misspells its name or its arguments, the model is told and can try again.
+
+    The model decides what to call: connect only servers that it may use without asking you.
+    `messages` stays as it is, so you can send it again after a failure, but what the tools did
+    stays done. Raises ReplyError if a reply is not a chat completion, or if the model asks for
+    tools more than `max_rounds` times, and what the client raises.
+    """
+    new: list[Message] = []
+    for round_number in range(max_rounds + 1):
+        named = chat_tools(hub)
+        reply = await ask_model(client, model, messages + new, named)
+        new.append(reply)
+        calls = reply.get("tool_calls")
+        if not calls:
+            return new
+        if round_number < max_rounds:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run_tool(hub, named, call)) for call in calls]
+            new += [task.result() for task in tasks]
+    raise ReplyError(f"the model asked for tools more than {max_rounds} times")
+
+
+async def ask_model(
+    client: AsyncOpenAI, model: str, messages: list[Message], named: NamedTools
+) -> Message:
+    """Send one request, and return the message of the reply. Raises ReplyError if it has none."""
+    options: dict[str, Any] = {"model": model, "messages": messages}
+    if named:
+        options["tools"] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "description": tool.description or "",
+                    "parameters": {"type": "object", "properties": {}} | tool.input_schema,
+                },
+            }
+            for name, (_server, tool) in named.items()
+        ]
+    reply = await client.chat.completions.with_raw_response.create(**options)
+    try:
+        data = reply.http_response.json()
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"the reply is not JSON: {error}") from error
+    match data:
+        case {"choices": [{"message": {} as message} as choice, *_]} if is_whole(choice):
+            return message | {"role": "assistant"}
+    raise ReplyError(f"the reply is not a chat completion: {data!r:.199}")
+
+
+def is_whole(choice: Mapping[str, Any]) -> bool:
+    """Return whether a reply has an end, and tool calls that can be answered, or words."""
+    message = choice["message"]
+    calls = message.get("tool_calls")
+    if not choice.get("finish_reason"):
+        return False
+    if calls:
+        return isinstance(calls, list) and all(is_call(call) for call in calls)
+    return isinstance(message.get("content"), str) or isinstance(message.get("refusal"), str)
+
+
+def is_call(call: object) -> bool:
+    match call:
+        case {"id": str(), "function": {"name": str()}}:
+            return True
+    return False
+
+
+async def run_tool(hub: McpHub, named: NamedTools, call: Message) -> Message:
+    """Run a tool. Return a message with its result, or with what went wrong."""
+    function = call["function"]
+    try:
+        server, tool = named[function["name"]]
+        given = ARGUMENTS.validate_json(function.get("arguments") or "{}")
+        text = result_text(await hub.call(server, tool.name, given))
+    except KeyError:
+        text = f"Error: no such tool; there are: {', '.join(named)}"
+    except ValidationError as error:
+        text = f"Error: not a JSON object: {error.errors()[0]['msg']}"
+    except ServerError as error:
+        text = f"Error: {error}"
+    return {"role": "tool", "tool_call_id": call["id"], "content": text}
+
+
+def result_text(result: CallToolResult) -> str:
+    """Return a tool's result as text, because the API takes no images and files from tools."""
+    parts = [
+        part.text if isinstance(part, TextContent) else f"[{part.type} left out]"
+        for part in result.content
+    ]
+    text = "\n".join(parts) or json.dumps(result.structured_content)
+    return f"Error: {text}" if result.is_error else text
 
 
 # --- Demos: a broken version, then a right one. For production, copy what stands above. ---
 
-log = logging.getLogger("workshop.server")
-
 
 def notes_server(database: str | Path) -> MCPServer[sqlite3.Connection]:
-    """Notes in an SQLite file, which is open as long as the server serves."""
+    """Notes in an SQLite file, which is open as long as the server runs."""
 
     @asynccontextmanager
     async def lifespan(server: MCPServer[sqlite3.Connection]) -> AsyncIterator[sqlite3.Connection]:
         with closing(sqlite3.connect(database)) as connection:
             connection.execute("CREATE TABLE IF NOT EXISTS notes (text TEXT NOT NULL)")
-            log.info("%s is open", Path(database).name)
             yield connection
-        log.info("%s is closed", Path(database).name)
 
     server = MCPServer("notes", lifespan=lifespan, log_level="WARNING")
 
@@ -792,415 +917,46 @@ def notes_server(database: str | Path) -> MCPServer[sqlite3.Connection]:
 
     @server.tool()
     async def search(words: str, context: Context[sqlite3.Connection]) -> list[str]:
-        """The notes in which these words occur, oldest first."""
+        """Return the notes that contain these words, oldest first."""
         query = "SELECT text FROM notes WHERE instr(lower(text), lower(?)) ORDER BY rowid"
         rows = context.request_context.lifespan_context.execute(query, (words,))
         return [text for (text,) in rows]
 
-    @server.tool("list")
-    async def list_notes(context: Context[sqlite3.Connection]) -> list[str]:
-        """All notes, oldest first."""
-        query = "SELECT text FROM notes ORDER BY rowid"
-        return [text for (text,) in context.request_context.lifespan_context.execute(query)]
-
     return server
 
 
-def files_server(root: str | Path) -> MCPServer[int]:
-    """The files below a directory, to be read only. The directory is open while it serves."""
-    top = Path(root).resolve()
-
-    @asynccontextmanager
-    async def lifespan(server: MCPServer[int]) -> AsyncIterator[int]:
-        directory = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield directory
-        finally:
-            os.close(directory)
-
-    server = MCPServer("files", lifespan=lifespan, log_level="WARNING")
+def files_server(root: str | Path) -> MCPServer[Any]:
+    """The text files below a directory, read-only."""
+    top = Path(root).resolve(strict=True)
+    server = MCPServer("files", log_level="WARNING")
 
     @server.tool()
-    async def read(path: str, context: Context[int]) -> str:
-        """The text of one file; `path` is relative to the root."""
+    async def read(path: str) -> str:
+        """Return the text of a file. The path is relative to the root."""
         try:
-            inside = (top / path).resolve()  # where `..` and symlinks lead
+            inside = (top / path).resolve()  # where `..` and symbolic links lead
             if not inside.is_relative_to(top):
-                raise ToolError(f"{path!r} leads outside the root: ask for a path below it")
-            return _read(context.request_context.lifespan_context, inside.relative_to(top))
+                raise ToolError(f"{path!r} is outside the root: use a path below it")
+            return inside.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ToolError(f"{path!r} cannot be read: {error}") from error
-
-    @server.tool("list")
-    async def list_files() -> list[str]:
-        """Every file's path, relative to the root; hidden files and directories are left out."""
-        found = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
-        return sorted(str(p) for p in found if not any(part.startswith(".") for part in p.parts))
+            raise ToolError(f"cannot read {path!r}: {error}") from error
 
     return server
-
-
-def _read(directory: int, path: Path) -> str:
-    """Read a file below an open directory; not if it has become a symlink since it was checked."""
-
-    def open_below(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
-
-    with open(path, encoding="utf-8", opener=open_below) as file:
-        return file.read()
 
 
 SERVERS: dict[str, Callable[[str], MCPServer[Any]]] = {"notes": notes_server, "files": files_server}
 
 
-async def serve_http(server: MCPServer[Any], port: int) -> None:
-    """Serve on loopback until SIGTERM, which lets the requests under way end first (3 s)."""
-    with socket.create_server(("127.0.0.1", port)) as listening:
-        # subtle: inherited by connections; asyncio sets it only where it made the socket itself.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The socket listens already, so whoever reads this line can connect.
-        print(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp", flush=True)
-        config = uvicorn.Config(
-            server.streamable_http_app(),
-            ws="none",
-            log_level="warning",
-            timeout_graceful_shutdown=3,
-        )
-        await uvicorn.Server(config).serve(sockets=[listening])
-
-
-GIT = ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=no"]
-
-
-@contextmanager
-def workspace() -> Iterator[Path]:
-    """A directory with a git repository, and an mcp.json that names four servers around it."""
-    with tempfile.TemporaryDirectory() as folder:
-        project = Path(folder, "project")
-        project.mkdir()
-        project.joinpath("pool.py").write_text("def acquire():\n    return gpus.pop()\n")
-        for command in (["init", "-qb", "main"], ["add", "."], ["commit", "-qm", "Hand out GPUs"]):
-            subprocess.run([*GIT, *command], cwd=project, check=True)
-        arguments = {
-            "git": ["-m", "mcp_server_git", "--repository", str(project)],
-            "time": ["-m", "mcp_server_time", "--local-timezone", "UTC"],
-            "notes": [__file__, "serve", "notes", str(project.with_name("notes.db"))],
-            "files": [__file__, "serve", "files", str(project)],
-        }
-        servers = {n: {"command": sys.executable, "args": args} for n, args in arguments.items()}
-        Path(folder, "mcp.json").write_text(json.dumps({"mcpServers": servers}))
-        yield Path(folder)
-
-
-def child_pids(whose: str = "thread-self") -> set[int]:
-    """The children of this thread, or, by `self/task/*`, of all; none where there is no /proc."""
-    listings = Path("/proc").glob(f"{whose}/children")
-    return {int(pid) for listing in listings for pid in listing.read_text().split()}
-
-
-def census() -> str:
-    """Return the ids of all children of this process."""
-    if not Path("/proc").exists():
-        return _("unknown, this system has no /proc")
-    return ", ".join(map(str, sorted(child_pids("self/task/*")))) or _("none")
-
-
-def say_children_left() -> None:
-    """Say which children this process still has."""
-    pids = census()
-    verdict(pids == _("none"), _("Children left: {pids}").format(pids=pids))
-
-
-def status_table(statuses: Mapping[str, ServerStatus]) -> Table:
-    """Show the status of each server in a row."""
-    titles = (_("server"), _("status"), "pid", _("tools"), _("ready after"), _("what is wrong"))
-    table = Table(*(Column(title, overflow="fold") for title in titles))
-    colours = {"ready": "green", "starting": "yellow"}
-    for status in statuses.values():
-        state = Text(status.state, colours.get(status.state, "red"))
-        seconds = f"{status.startup:.2f} s" if status.startup else ""
-        pid, tools = str(status.pid or ""), str(len(status.tools))
-        table.add_row(status.name, state, pid, tools, seconds, Text(status.error))
-    return table
-
-
-@asynccontextmanager
-async def shown(servers: Mapping[str, ServerConfig]) -> AsyncIterator[McpHub]:
-    """`connect`, with a live table of the servers until all are ready."""
-    statuses = {name: ServerStatus(name) for name in servers}
-
-    def show(status: ServerStatus) -> None:
-        statuses[status.name] = status
-        if live.is_started:
-            live.update(status_table(statuses), refresh=True)
-
-    async with AsyncExitStack() as stack:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            stack.enter_context(cancelled_by_signals())
-            hub = await stack.enter_async_context(connect(servers, on_change=show))
-        console.print(status_table(hub.statuses))
-        yield hub
-
-
-class BesideItsName(logging.Handler):
-    """Show what a server says on stderr beside the server's name."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage(), f"{record.name.removeprefix('mcp_hub.')} │ ", "dim")
-
-
-def text_of(result: CallToolResult) -> str:
-    return "\n".join(part.text for part in result.content if isinstance(part, TextContent)).strip()
-
-
-def start(call: Coroutine[Any, Any, CallToolResult]) -> asyncio.Task[CallToolResult]:
-    """Start a call as a task. If Ctrl-C leaves nobody to await it, its error is not reported."""
-    task = asyncio.create_task(call)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task
-
-
-async def workflow(hub: McpHub, project: Path) -> None:
-    """Find the notes about a file, read it, look at its history, and write a note about it."""
-    calls: list[tuple[str, float, float, str]] = []
-    started = time.perf_counter()
-
-    async def call(server: str, tool: str, **arguments: Any) -> list[str]:
-        begin = time.perf_counter() - started
-        text = text_of(await hub.call(server, tool, arguments))
-        calls.append((f"{server}.{tool}", begin, time.perf_counter() - started, text))
-        return text.splitlines()
-
-    async with asyncio.TaskGroup() as group:  # three questions that need not wait for one another
-        notes = group.create_task(call("notes", "search", words="pool.py"))
-        source = group.create_task(call("files", "read", path="pool.py"))
-        history = group.create_task(call("git", "git_log", repo_path=str(project), max_count=1))
-    number, lines, change = len(notes.result()) + 1, len(source.result()), history.result()[-1]
-    await call("notes", "add", text=f"note {number} on pool.py: {lines} lines; {change}")
-    show_timeline(calls)
-
-
-def show_timeline(calls: list[tuple[str, float, float, str]]) -> None:
-    titles = (_("call"), _("when"), "ms", _("last line of the answer"))
-    table = Table(*(Column(title, overflow="fold") for title in titles))
-    total = max(end for _label, _begin, end, _text in calls)
-    for label, begin, end, text in calls:
-        bar, duration = Bar(total, begin, end, width=16), f"{1000 * (end - begin):.1f}"
-        table.add_row(label, bar, duration, Text(text.split("\n")[-1]))
-    console.print(table)
-
-
-def demo_forgotten() -> None:
-    """Clients that nobody exits
-
-    Two clients are entered by hand and never exited. `main` returns, but its two servers live
-    on, so `asyncio.run` never returns: it waits for tasks that wait for the children to end. If
-    `main` raised, you would not even see the traceback.
-    """
-    program = StdioServerParameters(command=sys.executable, args=["-m", "mcp_server_time"])
-    returned = threading.Event()
-
-    async def main() -> None:
-        for _number in range(2):
-            await Client(program, mode="2026-07-28").__aenter__()  # this mode awaits no answer
-        returned.set()
-
-    show_code(main)
-    question(_("`main` returns. Does `asyncio.run(main())` return, too?"))
-    logging.getLogger("asyncio").disabled = True  # spare us what asyncio says to all this
-    runner = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    runner.start()
-    try:
-        returned.wait()
-        say(_("`main` has returned. Children: {pids}").format(pids=census()))
-        runner.join(timeout=0.2)
-        if runner.is_alive():
-            verdict(False, _("0.2 s later `asyncio.run` has not returned."))
-    finally:
-        while runner.is_alive():
-            for pid in child_pids("self/task/*"):
-                os.kill(pid, signal.SIGKILL)
-            runner.join(timeout=0.05)
-        logging.getLogger("asyncio").disabled = False
-    say(_("`asyncio.run` has returned, because the demo has killed the children."))
-
-
-def demo_gather() -> None:
-    """Clients that another task enters
-
-    `gather` runs each coroutine in a task of its own. The task that enters a client must exit
-    it, because the client's cancel scope belongs to that task. Here those tasks are over before
-    the stack closes. The servers run in this process; with children it is the same.
-    """
-
-    async def main() -> None:
-        async with AsyncExitStack() as stack:
-            clients = [Client(notes_server(":memory:")) for _number in range(2)]
-            await asyncio.gather(*map(stack.enter_async_context, clients))
-            answer = await clients[1].call_tool("add", {"text": "so far, so good"})
-            say(text_of(answer))
-
-    show_code(main)
-    question(_("Which line raises?"))
-    failure = ""
-    with trace() as path:
-        try:
-            asyncio.run(main())
-        except RuntimeError as error:
-            failure = f"RuntimeError: {error}"
-    show_code(main, runs={_("one run"): path})
-    verdict(not failure, failure or _("no error"))
-
-
-def demo_side_by_side() -> None:
-    """One owner task for each
-
-    `connect` gives every server an owner task, which enters the client, reports that it is
-    ready, waits, and exits the client. So the servers start at the same time, and end at the
-    same time. Here are the same two servers, first in turn and then together.
-    """
-
-    async def main() -> None:
-        started = time.perf_counter()
-        async with AsyncExitStack() as stack:
-            for name, config in servers.items():
-                await stack.enter_async_context(connect({name: config}))
-            in_turn = time.perf_counter() - started
-        started = time.perf_counter()
-        async with connect(servers):
-            together = time.perf_counter() - started
-        result = _("Ready in turn after {in_turn:.2f} s, together after {together:.2f} s.")
-        verdict(together < in_turn, result.format(in_turn=in_turn, together=together))
-
-    with workspace() as folder:
-        servers = load_config(folder / "mcp.json")
-        del servers["notes"], servers["files"]
-        asyncio.run(main())
-    say_children_left()
-
-
-def demo_development() -> None:
-    """Development: four children
-
-    All four are required. What a server writes to stderr is shown beside its name. Then one is
-    killed in the middle of a call: that call fails and names the server, and the others go on.
-    """
-    with workspace() as folder:
-        servers = load_config(folder / "mcp.json")
-        asyncio.run(develop(servers, folder / "project"))
-    say_children_left()
-
-
-async def develop(servers: Mapping[str, ServerConfig], project: Path) -> None:
-    async with shown(servers) as hub:
-        await workflow(hub, project)
-        await kill_one(hub)
-
-
-async def kill_one(hub: McpHub) -> None:
-    """Kill a server in the middle of a call, then call another one, and look at both."""
-    pid = hub.statuses["time"].pid
-    if pid is None:
-        return  # without /proc we do not know whom
-    os.kill(pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
-    call = start(hub.call("time", "get_current_time", {"timezone": "UTC"}))
-    await asyncio.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    try:
-        await call
-    except ServerError as error:
-        verdict(False, f"ServerError: {error}")
-    say("files.list: " + text_of(await hub.call("files", "list")))
-    say(", ".join(f"{name}: {status.state}" for name, status in hub.statuses.items()))
-
-
-@contextmanager
-def http_service(name: str, where: Path) -> Iterator[Callable[[], HttpUrl]]:
-    """Run one of our servers as a service over HTTP; yield a function that returns its URL."""
-    command = [sys.executable, __file__, "serve", name, str(where), "--http", "0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as service:
-        assert service.stdout
-        output = service.stdout
-        try:
-            yield lambda: HttpUrl(output.readline().strip())
-        finally:
-            service.terminate()
-
-
-def demo_production() -> None:
-    """Production: services, some of them optional
-
-    Our own two servers are now services, reached by Streamable HTTP. An optional server is
-    missing, and the work goes on without it, after a health check. The workflow is the same
-    function as before. The block ends while a call is under way: `connect` waits for that call
-    and refuses new ones.
-    """
-    with (
-        workspace() as folder,
-        http_service("notes", folder / "notes.db") as notes_url,
-        http_service("files", folder / "project") as files_url,
-    ):
-        servers = {
-            "git": load_config(folder / "mcp.json")["git"],  # the official one, a child as before
-            "notes": ServerConfig(url=notes_url()),
-            "files": ServerConfig(url=files_url()),
-            "search": ServerConfig(command="no-such-program", required=False),
-        }
-        asyncio.run(produce(servers, folder / "project"))
-    say_children_left()
-
-
-async def produce(servers: Mapping[str, ServerConfig], project: Path) -> None:
-    async with shown(servers) as hub:
-        problems = await hub.check()
-        healthy = [name for name in servers if name not in problems]
-        say(_("Healthy: {names}").format(names=", ".join(healthy)))
-        for problem in problems.values():
-            verdict(False, problem)
-        await workflow(hub, project)
-        late = start(hub.call("git", "git_status", {"repo_path": str(project)}))
-        await asyncio.sleep(0)  # now it is under way
-    answer = _("The call under way has its answer: {answer}")
-    text = answer.format(answer=text_of(late.result()).splitlines()[-1])
-    verdict(not late.result().is_error, text)
-    try:
-        await hub.call("git", "git_status", {"repo_path": str(project)})
-    except ServerError as error:
-        say(f"ServerError: {error}")
-
-
-def demo_in_process() -> None:
-    """In this process, for tests
-
-    Pass an `MCPServer` instead of a configuration, and it runs in this process: no child, no
-    socket, ready at once. That is enough to test tools, and a workflow that calls them. It cannot
-    show a missing program, a crash, a server that does not answer, or a value that is not JSON.
-    """
-
-    async def main() -> None:
-        async with connect({"notes": notes_server(":memory:")}) as hub:
-            await hub.call("notes", "add", {"text": "kept in memory"})
-            found = text_of(await hub.call("notes", "search", {"words": "memory"}))
-            ms, pids = 1000 * hub.statuses["notes"].startup, census()
-            result = _("Ready after {ms:.1f} ms. Children: {pids}. Found: {found}")
-            verdict(pids == _("none"), result.format(ms=ms, pids=pids, found=found))
-
-    asyncio.run(main())
-
-
 def serve(arguments: list[str]) -> int:
-    """Be the MCP server that the command line names; return the exit status."""
+    """Be the MCP server that the command line names. Return the exit status."""
     parser = argparse.ArgumentParser(prog=f"{Path(__file__).name} serve")
     parser.add_argument("name", choices=SERVERS)
     parser.add_argument("where", help="notes: an SQLite file; files: a directory")
     parser.add_argument("--http", type=int, metavar="PORT", help="0 takes any free one")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
     server = SERVERS[options.name](options.where)
     try:
         if options.http is None:
-            log.setLevel(logging.INFO)
             server.run()
         else:
             asyncio.run(serve_http(server, options.http))
@@ -1209,49 +965,362 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
-async def show_config(path: str) -> None:
-    """Start the servers of a configuration, list their tools, and end them."""
-    async with shown(load_config(path)) as hub:
-        for name, tools in hub.tools.items():
-            say(", ".join(tool.name for tool in tools), f"{name}: ")
+async def serve_http(server: MCPServer[Any], port: int) -> None:
+    """Print the URL, and serve on loopback until SIGTERM. Requests under way have 3 s to end."""
+    app = server.streamable_http_app()
+    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=3)
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        # The socket already listens, so whoever reads this line can connect.
+        print(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp", flush=True)
+        await uvicorn.Server(config).serve(sockets=[listening])
+
+
+TIME: dict[str, Any] = {"command": sys.executable, "args": ["-m", "mcp_server_time"]}
+POOL = "def acquire():\n    return gpus.pop()\n"
+live = False  # --live
+
+
+def children() -> set[int]:
+    """Return the ids of all children of this process; none if the system has no /proc."""
+    listings = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for listing in listings for pid in listing.read_text().split()}
+
+
+def verdict_on_children(name: str) -> None:
+    """Say which children a function has left."""
+    if not Path("/proc").exists():
+        say(_("This system has no /proc, so the demo cannot list its children."))
+        return
+    pids = ", ".join(map(str, sorted(children())))
+    text = _("Children left by `{name}`: {pids}.").format(name=name, pids=pids or _("none"))
+    verdict(not pids, text)
+
+
+async def failure_of(work: Awaitable[object]) -> str:
+    """Return the error that ends some work, or "no error"."""
+    try:
+        await work
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return _("no error")
+
+
+def show_statuses(hub: McpHub) -> None:
+    """Show the status of each server in a row."""
+    titles = (_("server"), _("status"), "pid", _("tools"), _("ready after"), _("what is wrong"))
+    table = Table(*(Column(title, overflow="fold") for title in titles))
+    for status in hub.statuses.values():
+        state = Text(status.state, "green" if status.state == "ready" else "red")
+        seconds = f"{status.startup:.2f} s" if status.startup else ""
+        pid, tools = str(status.pid or ""), str(len(status.tools))
+        table.add_row(status.name, state, pid, tools, seconds, Text(status.error))
+    console.print(table, "")
+
+
+async def forgotten(program: StdioServerParameters) -> Client:
+    client = Client(program)
+    await client.__aenter__()
+    return client
+
+
+async def connected(servers: Mapping[str, Any]) -> None:
+    async with connect(servers) as hub:
+        await hub.check()
+
+
+async def demo_forgotten() -> None:
+    """A client that nobody exits
+
+    `forgotten` enters a client by hand and never exits it. Its server keeps running, and a task
+    waits for it. `asyncio.run` waits for that task: it never returns, and if your program raises,
+    you do not even see the traceback. (Here, the demo exits the client afterwards.)
+    """
+    show_code(forgotten, connected)
+    question(_("Both functions return. Which of them leaves a child process behind?"))
+    with cancelled_by_signals():
+        client = await forgotten(StdioServerParameters.model_validate(TIME))
+        try:
+            verdict_on_children("forgotten")
+        finally:
+            await client.__aexit__(None, None, None)
+        await connected({"time": ServerConfig(**TIME)})
+        verdict_on_children("connected")
+    say(_("Delete the line with `__aexit__`, run demo 1 again, and press Ctrl-\\."), "→ ")
+
+
+async def gathered(servers: Mapping[str, Any]) -> None:
+    async with AsyncExitStack() as stack:
+        clients = [Client(server) for server in servers.values()]
+        await asyncio.gather(*map(stack.enter_async_context, clients))
+        await clients[0].list_tools()
+
+
+def demo_gather() -> None:
+    """A client that another task enters
+
+    `gather` runs each coroutine in a task of its own. The task that enters a client must also
+    exit it, because the client's cancel scope belongs to that task. `connect` gives every server
+    an owner task, which enters the client, waits until the block ends, and exits the client.
+    """
+    show_code(gathered)
+    question(_("Both clients are entered, and the call works. Which line raises?"))
+    for function in (gathered, connected):
+        servers = {"notes": notes_server(":memory:"), "more": notes_server(":memory:")}
+        with trace() as path:
+            failure = asyncio.run(failure_of(function(servers)))
+        show_code(function, runs={_("one run"): path})
+        verdict(failure == _("no error"), failure)
+    say(_("In `gathered`, enter the clients in a `for` loop, and run demo 2 again."), "→ ")
+
+
+@contextmanager
+def http_service(name: str, where: Path) -> Iterator[IO[str]]:
+    """Run one of our servers as a service over HTTP. Yield its output: a line with its URL."""
+    command = [sys.executable, __file__, "serve", name, str(where), "--http", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as service:
+        assert service.stdout
+        try:
+            yield service.stdout
+        finally:
+            service.terminate()
+
+
+async def work(servers: Any, on_change: Any, lost: asyncio.Event) -> None:
+    async with connect(servers, on_change=on_change) as hub:
+        show_statuses(hub)
+        pid = hub.statuses["time"].pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        await lost.wait()
+        say(await failure_of(hub.call("time", "get_current_time")), "call │ ")
+        problems = await hub.check()
+    console.print()
+    for name in servers:
+        verdict(name not in problems, f"{name}: {problems.get(name, _('answers'))}")
+
+
+async def work_in(folder: Path) -> None:
+    lost = asyncio.Event()
+
+    def on_change(status: ServerStatus) -> None:
+        if status.state == "lost":
+            say(f"{status.name}: {status.state}: {status.error}", "on_change │ ")
+            lost.set()
+
+    with http_service("files", folder) as output:
+        servers = {
+            "time": TIME,
+            "notes": TIME | {"args": [__file__, "serve", "notes", f"{folder}/notes.db"]},
+            "files": {"url": (await asyncio.to_thread(output.readline)).strip()},
+            "search": {"command": "no-such-program", "required": False},
+        }
+        await work(load_config(write_config(folder, servers)), on_change, lost)
+
+
+def write_config(folder: Path, servers: Mapping[str, Any]) -> Path:
+    path = folder / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": servers}))
+    return path
+
+
+async def demo_config() -> None:
+    """The servers of an mcp.json
+
+    `load_config` reads the file that MCP hosts use. Here it names two programs, which `connect`
+    starts at the same time, a service, which it reaches by its URL, and a program that is missing,
+    which is not required. Then `time` is killed while nobody calls it.
+    """
+    show_code(work)
+    question(_("Who notices first that `time` is dead? Which servers still answer?"))
+    with cancelled_by_signals(), tempfile.TemporaryDirectory() as folder:
+        await work_in(Path(folder))
+    verdict_on_children("connect")
+    say(_('In `work_in`, delete `"required": False`, and run demo 3 again.'), "→ ")
+
+
+ROUNDS = (  # the tools that the stand-in asks for, and their arguments
+    [("files__read", '{"path": "pool.py"}'), ("notes__serch", '{"words": "pool.py"}')],
+    [("notes__search", '{"words": "pool')],
+    [("notes__search", '{"words": "pool.py"}')],
+)
+
+
+def stand_in(request: httpx2.Request) -> httpx2.Response:
+    """Ask for the tools of ROUNDS, and then repeat the last result."""
+    messages = json.loads(request.content)["messages"]
+    number = sum(message["role"] == "assistant" for message in messages)
+    message: Message = {"content": f"The notes say: {messages[-1]['content']}"}
+    if number < len(ROUNDS):
+        functions = [{"name": name, "arguments": given} for name, given in ROUNDS[number]]
+        calls = [{"id": f["name"], "type": "function", "function": f} for f in functions]
+        message = {"content": None, "tool_calls": calls}
+    choice = {"message": message, "finish_reason": "stop"}
+    return httpx2.Response(200, json={"choices": [choice]})
+
+
+def model_client() -> AsyncOpenAI:
+    """Return the real client, with a stand-in that answers or, with --live, a real model."""
+    from openai import AsyncOpenAI  # here, because it would slow down every server
+
+    if live:
+        return AsyncOpenAI(timeout=60)
+    http = httpx2.AsyncClient(transport=httpx2.MockTransport(stand_in))
+    return AsyncOpenAI(api_key="offline", base_url="http://stand-in.invalid/v1", http_client=http)
+
+
+async def careless(client: Any, model: str, messages: list[Message], hub: McpHub) -> None:
+    named = chat_tools(hub)
+    while True:
+        reply = await ask_model(client, model, messages, named)
+        messages.append(reply)
+        if not reply.get("tool_calls"):
+            return
+        for call in reply["tool_calls"]:
+            server, tool = named[call["function"]["name"]]
+            arguments = json.loads(call["function"]["arguments"])
+            result = await hub.call(server, tool.name, arguments)
+            answer = {"role": "tool", "content": result_text(result)}
+            messages.append(answer | {"tool_call_id": call["id"]})
+
+
+def show_conversation(messages: list[Message]) -> None:
+    names = {"user": _("user"), "tool": _("tool answers"), "assistant": _("model answers")}
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            say(f"{function['name']} {function.get('arguments')}", _("model asks") + " │ ")
+        if text := message.get("content") or message.get("refusal"):
+            say(text, names[message["role"]] + " │ ")
+    console.print()
+
+
+async def demo_model() -> None:
+    """A model that uses the tools
+
+    A model cannot call a tool. It replies with the name and the arguments, the program makes the
+    call, and the next request carries the result. Models misspell names and break JSON. If the
+    program reports such a mistake instead of raising, the model tries again.
+    """
+    asked = {"role": "user", "content": "What does pool.py do, and what do the notes say about it?"}
+    model = os.environ.get("OPENAI_MODEL") or "gpt-4o-mini"
+    if not live:
+        say(_("A stand-in plays the model: it asks for tools by a script."))
+        show_code(careless)
+        question(_("The model asks for `notes__serch`, which does not exist. What happens then?"))
+    with tempfile.TemporaryDirectory() as folder:
+        await anyio.Path(folder, "pool.py").write_text(POOL)
+        servers = {"notes": notes_server(":memory:"), "files": files_server(folder)}
+        async with connect(servers) as hub, model_client() as client:
+            note = "pool.py: gpus.pop() fails if no GPU is free"
+            await hub.call("notes", "add", {"text": note})
+            if not live:
+                failure = await failure_of(careless(client, model, [asked], hub))
+                verdict(failure == _("no error"), f"`careless`: {failure}")
+            with trace() as path:
+                new = await run_with_tools(client, model, [asked], hub)
+    show_conversation([asked, *new])
+    show_code(run_with_tools, run_tool, runs={_("one run"): path})
+    results = [message["content"] for message in new if message["role"] == "tool"]
+    errors = sum(result.startswith("Error: ") for result in results)
+    text = _(
+        "`run_with_tools` answers. Tool calls: {calls}, errors reported to the model: {errors}."
+    )
+    verdict(True, text.format(calls=len(results), errors=errors))
+    say(_("Pass `max_rounds=2` to `run_with_tools`, and run demo 4 again."), "→ ")
+
+
+@asynccontextmanager
+async def saved_notes(path: Path) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await anyio.Path(path).write_text("GPU 3 is hot")
+
+
+async def cancelled(opened: Any, server: MCPServer[Any]) -> None:
+    with anyio.CancelScope() as scope:
+        async with opened(server):
+            scope.cancel()
+            await anyio.sleep_forever()
+
+
+def by_client(server: MCPServer[Any]) -> Any:
+    return Client(server)
+
+
+def by_hub(server: MCPServer[Any]) -> Any:
+    return connect({"notes": server})
+
+
+def demo_in_process() -> None:
+    """In this process: tests, and a cleanup that awaits
+
+    Give `connect` an `MCPServer`, and it runs in this process: no child, no socket, ready at once.
+    That is enough to test tools and the code that calls them. Here the server saves its notes when
+    it ends. Ctrl-C, or a web framework, cancels a block: then each `await` in it is cancelled, even
+    in `finally`. The hub instead asks the owner task to leave its block, and waits.
+    """
+    show_code(saved_notes, cancelled)
+    question(_("The block is cancelled. Are the notes saved?"))
+    for opened in (by_client, by_hub):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "notes.txt")
+            server = MCPServer("notes", lifespan=lambda server: saved_notes(path))  # noqa: B023
+            with trace() as lines:
+                asyncio.run(cancelled(opened, server))
+            show_code(cancelled, opened, saved_notes, runs={_("one run"): lines})
+            saved = path.read_text() if path.exists() else _("none")
+        text = _("`{function}`: saved: {saved}.").format(function=opened.__name__, saved=saved)
+        verdict(saved != _("none"), text)
+    say(_("In `cancelled`, delete the last two lines, and run demo 5 again."), "→ ")
 
 
 DEMOS = (
     demo_forgotten,
     demo_gather,
-    demo_side_by_side,
-    demo_development,
-    demo_production,
+    demo_config,
+    demo_model,
     demo_in_process,
 )
 KEY_POINTS = """\
 * The task that enters a client must exit it, so give each server an owner task.
 * Start together, end together: one context manager around all servers leaves no child behind.
 * Name the server in every error, and give every wait a deadline.
-* Required or optional, restarted or not: say it in the configuration, not in the code.
-* A call that failed may have done its work. Repeat it only if you know that this is harmless."""
+* A model only asks for tools. Run them, report every failure to the model, and limit the rounds.
+* A call that failed may have done its work. Repeat it only if that is harmless.
+* Ask a server to leave, and wait. Cancel it only after a deadline."""
+
+
+def hide_key(text: str) -> str:
+    """Take the API key out of a text, unless it is a word such as "any"."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return text.replace(key, "***") if len(key) > 12 else text
 
 
 @contextmanager
 def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace]:
-    """Parse the command line; run `--config` and exit."""
-    parser.add_argument("--config", metavar="FILE", help=_("start the servers of FILE instead"))
+    """Parse the command line. With --live, exit with one line if the model does not answer."""
+    from openai import OpenAIError  # here, because it would slow down every server
+
+    global live
+    text = _("ask a real model: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_MODEL")
+    parser.add_argument("--live", action="store_true", help=text)
     options = parser.parse_args()
-    if not options.config and not shutil.which("git"):
-        parser.error("there is no git: install it, because the demos make a repository")
-    stderr_log = logging.getLogger("mcp_hub")
-    stderr_log.setLevel(logging.INFO)
-    stderr_log.propagate = False
-    stderr_log.handlers = [BesideItsName()]
+    if sys.platform == "win32":
+        parser.error("Windows is left out: its event loop cannot watch a pipe")
+    if options.live and not os.environ.get("OPENAI_API_KEY"):
+        parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
+    live = options.live
     try:
-        if options.config:
-            asyncio.run(show_config(options.config))
-            parser.exit()
         yield options
-    except (ConfigError, ServerError) as error:
+    except ServerError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except (OpenAIError, ReplyError, httpx2.InvalidURL, UnicodeEncodeError) as error:
+        problem = hide_key(" ".join(str(error).split()))
+        parser.exit(1, f"{parser.prog}: the model did not answer: {problem}\n")
     except KeyboardInterrupt:
-        say(_("Children left: {pids}").format(pids=census()))
+        say(_("Children left: {pids}").format(pids=sorted(children()) or _("none")))
         raise
 
 
@@ -1264,10 +1333,10 @@ if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
 LOCALE = Path(__file__).parent / "locale"
 _ = gettext.translation("workshop", LOCALE, fallback=True).gettext
 console = Console(highlight=False)
-open_brackets: list[bracket] = []
+open_brackets: list[str] = []
 stepping = False  # --step
-WIDE = r"\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffe6"
-OPENING, CLOSING = re.escape("\"'([{（「《“‘"), re.escape("\"')]},.;:!?%，。、；：！？）」》”’…—")
+OPENING, CLOSING = r"\"'(\[{（「《“‘", r"\"')\]},.;:!?%，。、；：！？）」》”’…—"
+WIDE = r"\u2e80-\uffe6"
 # What a line never splits: a word or a wide character, and the punctuation that clings to it.
 PIECE = rf"[{OPENING}]*(?:[{WIDE}]|[^ {WIDE}]+(?<![{OPENING}])|[^ ])[{CLOSING}]* *"
 
@@ -1279,15 +1348,14 @@ def wrap(text: str, width: int) -> list[str]:
         if paragraph.startswith(" "):
             lines += [*paragraph.split("\n"), ""]
             continue
-        line = ""
+        lines.append("")
         for piece in re.findall(PIECE, " ".join(paragraph.split())):
             for part in chop_cells(piece, width):
-                if cell_len(line + part.rstrip()) > width:
-                    lines.append(line.rstrip())
-                    line = ""
-                line += part
-        lines += [line.rstrip(), ""]
-    return lines[:-1]
+                if cell_len(lines[-1] + part.rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+        lines.append("")
+    return [line.rstrip() for line in lines[:-1]]
 
 
 def say(text: str, mark: str = "", style: str = "") -> None:
@@ -1312,7 +1380,7 @@ def question(text: str) -> None:
 
 
 def pause() -> None:
-    """With --step, wait for Enter. At the end of the input, stop waiting for it."""
+    """With --step, wait for Enter until the input ends."""
     global stepping
     if not stepping:
         return
@@ -1326,34 +1394,20 @@ def pause() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-class bracket:
-    """Draw where a block begins and how it ends: `with bracket("timer"), timer("sort"): ...`.
-
-    Enter it again, as the innermost manager, and it also sees an error that is suppressed:
-    `with bracket("quiet") as scope, suppress(OSError), scope: ...`.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label, self.depth, self.error = label, 0, ""
-
-    def __enter__(self) -> Self:
-        if self.depth == 0:
-            self.error = ""
-            say(self.label, "┌ ")
-            open_brackets.append(self)
-        self.depth += 1
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        self.depth -= 1
-        if exc_type:
-            self.error = exc_type.__name__
-        if self.depth == 0:
-            ending = _("left by {error}, suppressed") if self.error else _("ended")
-            if exc_type:
-                ending = _("left by {error}")
-            open_brackets.remove(self)
-            say(ending.format(error=self.error), "└ ")
+@contextmanager
+def bracket(label: str) -> Iterator[None]:
+    """Draw where a block begins and how it ends."""
+    say(label, "┌ ")
+    open_brackets.append(label)
+    ending = _("ended")
+    try:
+        yield
+    except BaseException as error:
+        ending = _("left by {error}").format(error=type(error).__name__)
+        raise
+    finally:
+        open_brackets.pop()
+        say(ending, "└ ")
 
 
 @contextmanager
@@ -1381,12 +1435,10 @@ def trace() -> Iterator[list[int]]:
 def source(piece: Any) -> list[tuple[int, str]]:
     """Return the numbered lines of a function or class, without docstring and comments."""
     lines, first = inspect.getsourcelines(piece)
-    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines))).splitlines()
-    numbered = list(enumerate(code, first))
-    if piece.__doc__:
-        start = next(i for i, line in enumerate(code) if '"""' in line)
-        del numbered[start : start + piece.__doc__.count("\n") + 1]
-    return [(number, line) for number, line in numbered if line]
+    code = re.sub(r"(?m)(^|  ) *#.*", "", textwrap.dedent("".join(lines)))
+    if piece.__doc__:  # keep its line breaks, for the numbers
+        code = re.sub(r'(?s)""".*?"""', lambda found: "\n" * found[0].count("\n"), code, count=1)
+    return [(n, line) for n, line in enumerate(code.splitlines(), first) if line.strip()]
 
 
 def places(number: int, path: list[int]) -> str:
@@ -1397,22 +1449,17 @@ def places(number: int, path: list[int]) -> str:
 def show_code(*pieces: Any, runs: Mapping[str, list[int]] | None = None) -> None:
     """Print code and the path that ran: a column for each run, with the order of its lines."""
     runs = runs or {}
-    python = Syntax("", "python", theme="ansi_dark")
     heading = Column(_("order of execution (blank: never ran)"), overflow="fold")
-    columns = [heading, *(Column(title, justify="center") for title in runs)]
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
-    sources = [source(piece) for piece in pieces]
-    shown = {number for lines in sources for number, _text in lines}
+    table = Table(heading, *runs, box=None, padding=(0, 2, 0, 0), show_header=bool(runs))
+    rows: list[tuple[int, str]] = []
+    for piece in pieces:
+        rows += [*source(piece), (0, "")]  # and an empty line
+    shown = {number for number, _line in rows}
     paths = [[number for number in run if number in shown] for run in runs.values()]
-    for lines in sources:
-        for number, text in lines:
-            code = python.highlight(text)
-            code.rstrip()
-            code.no_wrap = False
-            table.add_row(code, *(places(number, path) for path in paths))
-        if lines is not sources[-1]:
-            table.add_row()
-    console.print(table, "")
+    for number, line in rows:
+        code = Syntax(line, "python", theme="ansi_dark", word_wrap=True)
+        table.add_row(code, *(places(number, path) for path in paths))
+    console.print(table)
 
 
 def play(number: int) -> None:
@@ -1423,8 +1470,6 @@ def play(number: int) -> None:
     console.print()
     running = DEMOS[number - 1]()
     if inspect.iscoroutine(running):
-        import asyncio  # here, so that a chapter without tasks starts sooner
-
         asyncio.run(running)
     console.print()
 
@@ -1434,17 +1479,15 @@ def main() -> int:
     global stepping
     gettext.bindtextdomain("workshop", LOCALE)
     gettext.textdomain("workshop")  # for argparse's own words
-    description = "\n".join(wrap(_(__doc__ or ""), console.width))
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "\n".join(wrap(_(__doc__ or ""), console.width))
+    numbers = range(1, len(DEMOS) + 1)
     parser.add_argument("demo", nargs="*", type=int, help=_("run only these demos, by number"))
     parser.add_argument("--step", action="store_true", help=_("wait for Enter at each question"))
-    numbers = range(1, len(DEMOS) + 1)
     try:
         with command_line(parser) as options:
-            for number in options.demo:
-                if number not in numbers:
-                    parser.error(f"there is no demo {number}: choose from 1 to {len(DEMOS)}")
+            if not set(options.demo) <= set(numbers):
+                parser.error(f"choose demos from 1 to {len(DEMOS)}")
             stepping = options.step
             for position, number in enumerate(options.demo or numbers):
                 if position > 0:

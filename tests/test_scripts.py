@@ -29,8 +29,8 @@ from interrupting import KINDS, Interrupting, lines_in_brackets
 from rich.cells import cell_len
 
 SCRIPTS = sorted(ROOT.glob("0*.py"), reverse=True)  # the longest first: it must not come last alone
-# Chapter 08 starts a dozen processes: its Chinese is played by the two demos that start none.
-IN_CHINESE = {"08_local_mcp_integration": ("2", "6")}
+# Chapter 08 starts many processes: its Chinese is played by the three demos that start none.
+IN_CHINESE = {"08_local_mcp_integration": ("2", "4", "5")}
 LIMIT = 60  # seconds until a script is taken for one that hangs
 WIDTH = 80
 CHINESE = re.compile("[\u4e00-\u9fff]")
