@@ -272,3 +272,30 @@ def test_only_a_program_that_cancels_on_signals_ends_its_deaf_server(
         else:
             os.kill(deaf, signal.SIGKILL)  # it is there, so this does not raise
             assert b"ValueError" not in client.stderr.read()
+
+
+GROUP = """
+import asyncio, sys
+from mcp import ClientSessionGroup, StdioServerParameters
+
+time = StdioServerParameters(command=sys.executable, args=["-m", "mcp_server_time"])
+
+async def main():
+    try:
+        async with ClientSessionGroup() as group:
+            await group.connect_to_server(time)
+            await group.connect_to_server(time)
+    except Exception as error:
+        print(error)
+    async with ClientSessionGroup(component_name_hook=lambda name, info: f"{name}{id(info)}") as group:
+        await asyncio.gather(*(group.connect_to_server(time) for _ in "ab"))
+
+asyncio.run(main())
+"""
+
+
+def test_the_sdks_group_refuses_equal_names_and_breaks_under_gather() -> None:
+    command = [sys.executable, "-c", GROUP]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert re.search("get_current_time.* already exist in group tools", ended.stdout)
+    assert "Attempted to exit cancel scope in a different task" in ended.stderr
