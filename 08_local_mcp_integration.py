@@ -9,8 +9,8 @@
 # ///
 """Chapter 08 · Several MCP servers, one block
 
-After this chapter you can start MCP servers side by side, let a model use their tools, go on if
-one of them dies, and be sure that no child process is left, however your block ends.
+After this chapter you can start MCP servers side by side, let a model use their tools, keep going
+if one of them dies, and be sure that no child process is left, however your block ends.
 
     python 08_local_mcp_integration.py                    run all five demos
     python 08_local_mcp_integration.py 2 4                run demos 2 and 4
@@ -24,6 +24,9 @@ prints its URL and serves HTTP.
 
 Read `connect` and `run_with_tools` first, then run the demos. Child processes, sockets, SQLite
 and the OpenAI client are real. Offline, a stand-in plays the model.
+
+For development and tests, give `connect` your `MCPServer` objects: they run in your process (demo
+5). For production, name programs and services in an mcp.json (demo 3). The block stays the same.
 
 Left out: OAuth, sampling, prompts and resources (`hub.ask` reaches them), a restart policy (a
 capstone, built on `on_change`), a budget for the model (chapter 05), services that report a
@@ -197,8 +200,11 @@ def load_config(path: str | Path) -> dict[str, ServerConfig]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        given = reprlib.repr(first["input"])
-        raise ConfigError(f"{path}: {where}: {first['msg']}, not {given}") from None
+        problem = first["msg"].removeprefix("Value error, ")  # from the checks above
+        # subtle: the input may be a whole entry, with the secrets in its `env`.
+        if first["type"] != "value_error" and not isinstance(first["input"], (dict, list, bytes)):
+            problem += f", not {reprlib.repr(first['input'])}"
+        raise ConfigError(f"{path}: {where}: {problem}") from None
 
 
 class ServerError(RuntimeError):
@@ -262,9 +268,8 @@ class McpHub:
             raise ServerError(server, f"has no tool {tool!r}; it has: {', '.join(names)}")
         given = dict(arguments or {})
         try:
-            ARGUMENTS.dump_json(
-                given
-            )  # subtle: to fail while it is sent could end the whole connection
+            # subtle: a failure while they are sent could end the whole connection.
+            ARGUMENTS.dump_json(given, warnings="error")
         except ValueError as error:
             raise ServerError(server, f"cannot be sent these arguments: {error}") from error
         return await self.ask(
@@ -287,7 +292,7 @@ class McpHub:
             self._news.set()
 
     async def check(self, timeout: float = 2.0) -> dict[str, str]:
-        """Ask all servers at once for a sign of life. Return what is wrong, by server."""
+        """Ask all servers at once for their tools. Return what is wrong, by server."""
         owners = self._owners.values()
         asked = (owner.ask("the health check", _list_tools, timeout) for owner in owners)
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -346,7 +351,7 @@ class _Owner:
         self.task = asyncio.create_task(self.run(), name=f"MCP {name}")
 
     def leave(self) -> None:
-        """Have the task leave in an orderly way, within a limit."""
+        """Ask the task to exit its client, within a limit."""
         self.leaving = True
         self.wanted.set()
         if self.status.state == "ready":
@@ -669,20 +674,25 @@ async def connect(
 ) -> AsyncIterator[McpHub]:
     """Start all servers at the same time; yield a hub to call them; end every one of them.
 
+        with cancelled_by_signals():
+            async with connect(load_config("mcp.json")) as hub:
+                result = await hub.call("time", "get_current_time", {"timezone": "UTC"})
+                print(result_text(result))
+
     Each has `startup_timeout` seconds to be ready. If a required one fails, the others are stopped
     and ServerError is raised; an optional one that fails is only shown in `statuses`. A call has
     `call_timeout` seconds. `on_change` is called with each new status, even if an idle child dies;
     it must not raise. An MCPServer runs right here, in this process.
 
-    If the body ends well, calls under way may finish first. All servers are left politely, even if
-    the caller is cancelled: a session is ended and a lifespan runs to its end, for up to 5 s. A
-    child that ignores the end of its input for 2 s gets SIGTERM, and 2 s later it is killed, with
-    everything in its process group. A process that has left the group survives.
+    If the body does not raise, calls under way may finish first. Every server has time to leave,
+    even if the caller is cancelled: up to 5 s to end its session or its lifespan. A child that
+    ignores the end of its input for 2 s gets SIGTERM, and 2 s later it is killed, with everything
+    in its process group. A process that has left the group survives.
     """
     hub = McpHub(startup_timeout, call_timeout, on_change)
     try:
         # subtle: not a TaskGroup. It would cancel the body when one owner fails, wrap what the body
-        # raises, and cancel the owners in the middle of their cleanup. These are only asked.
+        # raises, and cancel the owners in the middle of their cleanup. `leave` only asks them.
         for name, config in servers.items():
             if isinstance(config, MCPServer) or not config.disabled:
                 hub._owners[name] = _Owner(name, config, hub)
@@ -802,7 +812,7 @@ async def run_with_tools(
     If the model asks for several tools in one reply, they run at the same time. If a tool fails,
     or the model misspells its name or its arguments, the model is told and can try again.
 
-    The model decides what to call: connect only servers that it may use without asking you.
+    The model may call every tool of the hub without asking you. To offer fewer, filter `named`.
     `messages` stays as it is, so you can send it again after a failure, but what the tools did
     stays done. Raises ReplyError if a reply is not a chat completion, or if the model asks for
     tools more than `max_rounds` times, and what the client raises.
@@ -891,6 +901,7 @@ def result_text(result: CallToolResult) -> str:
         for part in result.content
     ]
     text = "\n".join(parts) or json.dumps(result.structured_content)
+    text = text.encode(errors="replace").decode()  # a lone surrogate could not be sent
     return f"Error: {text}" if result.is_error else text
 
 
@@ -1045,7 +1056,7 @@ async def demo_forgotten() -> None:
             await client.__aexit__(None, None, None)
         await connected({"time": ServerConfig(**TIME)})
         verdict_on_children("connected")
-    say(_("Delete the line with `__aexit__`, run demo 1 again, and press Ctrl-\\."), "→ ")
+    say(_("Replace the `__aexit__` line with `pass`, run demo 1 again, and press Ctrl-C."), "→ ")
 
 
 async def gathered(servers: Mapping[str, Any]) -> None:
@@ -1127,9 +1138,10 @@ def write_config(folder: Path, servers: Mapping[str, Any]) -> Path:
 async def demo_config() -> None:
     """The servers of an mcp.json
 
-    `load_config` reads the file that MCP hosts use. Here it names two programs, which `connect`
-    starts at the same time, a service, which it reaches by its URL, and a program that is missing,
-    which is not required. Then `time` is killed while nobody calls it.
+    For production, name the servers in a file, as MCP hosts do: `load_config` reads it. This one
+    names two programs, which `connect` starts at the same time, a service, which it reaches by its
+    URL, and a program that is missing, which is not required. Then `time` is killed while nobody
+    calls it.
     """
     show_code(work)
     question(_("Who notices first that `time` is dead? Which servers still answer?"))
@@ -1257,9 +1269,9 @@ def demo_in_process() -> None:
     """In this process: tests, and a cleanup that awaits
 
     Give `connect` an `MCPServer`, and it runs in this process: no child, no socket, ready at once.
-    That is enough to test tools and the code that calls them. Here the server saves its notes when
-    it ends. Ctrl-C, or a web framework, cancels a block: then each `await` in it is cancelled, even
-    in `finally`. The hub instead asks the owner task to leave its block, and waits.
+    That is enough for development and tests. Here the server saves its notes when it ends. A web
+    framework cancels a block by an anyio scope: then each `await` in it is cancelled, even in
+    `finally`. The hub instead asks the owner task to leave its block, and waits.
     """
     show_code(saved_notes, cancelled)
     question(_("The block is cancelled. Are the notes saved?"))
@@ -1273,7 +1285,7 @@ def demo_in_process() -> None:
             saved = path.read_text() if path.exists() else _("none")
         text = _("`{function}`: saved: {saved}.").format(function=opened.__name__, saved=saved)
         verdict(saved != _("none"), text)
-    say(_("In `cancelled`, delete the last two lines, and run demo 5 again."), "→ ")
+    say(_("In `cancelled`, replace the last two lines with `pass`, and run demo 5 again."), "→ ")
 
 
 DEMOS = (
