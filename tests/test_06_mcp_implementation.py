@@ -276,20 +276,15 @@ def test_only_a_program_that_cancels_on_signals_ends_its_deaf_server(
 
 GROUP = """
 import asyncio, sys
-from mcp import ClientSessionGroup, StdioServerParameters
-
-time = StdioServerParameters(command=sys.executable, args=["-m", "mcp_server_time"])
-
+from mcp import ClientSessionGroup, MCPError, StdioServerParameters
 async def main():
-    try:
-        async with ClientSessionGroup() as group:
+    time = StdioServerParameters(command=sys.executable, args=["-m", "mcp_server_time"])
+    async with ClientSessionGroup() as group:
+        await asyncio.gather(group.connect_to_server(time))
+        try:
             await group.connect_to_server(time)
-            await group.connect_to_server(time)
-    except Exception as error:
-        print(error)
-    async with ClientSessionGroup(component_name_hook=lambda name, info: f"{name}{id(info)}") as group:
-        await asyncio.gather(*(group.connect_to_server(time) for _ in "ab"))
-
+        except MCPError as error:
+            print(error)
 asyncio.run(main())
 """
 

@@ -12,18 +12,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import (
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
-import anyio
 import pytest
 from conftest import chapter_path, load_chapter
 from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way
@@ -31,25 +26,13 @@ from left_behind import child_processes, open_descriptors
 from rich.console import Console
 
 chapter: Any = load_chapter(7)
+patched = mock.patch.object
 sync_ways = pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
 async_ways = pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
 
 
-@contextmanager
-def patched(target: object, name: str, value: object) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, name, value)
-        yield
-
-
 def failing(*_arguments: object, **_options: object) -> Any:
     raise OSError("injected")
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 # --- Every resource keeps the cleanup contract ---
@@ -193,31 +176,17 @@ def test_an_async_resource_keeps_the_cleanup_contract(
 # --- Lock file ---
 
 
-def test_a_lock_file_holds_the_process_id_of_its_holder(tmp_path: Path) -> None:
-    with chapter.lock_file(tmp_path / "lock") as path:
-        assert path.read_text() == str(os.getpid())
-
-
-def test_a_second_holder_learns_who_holds_the_lock(tmp_path: Path) -> None:
+def test_a_lock_file_says_who_holds_it_and_refuses_a_second_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with chapter.lock_file(path):
-        advice = re.escape(f"{path} is held by process {os.getpid()}: wait for it, or delete the ")
+    advice = re.escape(f"{path} is held by process {os.getpid()}: wait for it, or delete the ")
+    with chapter.lock_file(path) as locked:
+        assert locked.read_text() == str(os.getpid())
         with pytest.raises(chapter.LockHeldError, match=advice), chapter.lock_file(path):
             pytest.fail("entered")
-        assert path.exists()
-
-
-def test_a_lock_released_at_this_moment_is_still_refused(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    path.touch()
-    unreadable = patched(Path, "read_text", failing)
-    with unreadable, pytest.raises(chapter.LockHeldError), chapter.lock_file(path):
-        pytest.fail("entered")
-
-
-def test_a_lock_file_that_somebody_deleted_is_no_error(tmp_path: Path) -> None:
-    with chapter.lock_file(tmp_path / "lock") as path:
-        path.unlink()
+        unreadable = patched(Path, "read_text", failing)  # as if it was released at this moment
+        with unreadable, pytest.raises(chapter.LockHeldError), chapter.lock_file(path):
+            pytest.fail("entered")
+        path.unlink()  # raises, if a refused holder has removed it; the end of the block does not
 
 
 # --- Database ---
@@ -235,21 +204,17 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes.db"
 
 
-def test_a_transaction_is_committed_when_its_block_ends(notes: Path) -> None:
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt])
+def test_a_block_commits_or_rolls_back(notes: Path, error: type[BaseException]) -> None:
     with chapter.database(notes) as connection:
         connection.execute("insert into notes values ('kept')")
-    assert rows(notes) == [("kept",)]
-
-
-@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt])
-def test_any_exception_rolls_the_transaction_back(notes: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), chapter.database(notes) as connection:
         connection.execute("create table more (text)")
         connection.execute("insert into notes values ('lost')")
         raise error
     with chapter.database(notes) as connection:
         assert list(connection.execute("select name from sqlite_master")) == [("notes",)]
-    assert rows(notes) == []
+    assert rows(notes) == [("kept",)]
 
 
 def test_a_commit_that_fails_raises_and_closes(
@@ -294,33 +259,24 @@ async def test_a_child_that_outlasts_its_grace_is_killed() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_child_is_killed_at_once_if_the_block_raises() -> None:
-    with pytest.raises(ValueError, match="the block"):
+@pytest.mark.parametrize("error", [ValueError, TimeoutError])
+async def test_a_child_is_killed_at_once_if_the_block_raises(error: type[Exception]) -> None:
+    """A timeout of the block is not the grace."""
+    with pytest.raises(error, match="the block"):
         async with chapter.spawn(*chapter.DEAF, grace=3600.0) as process:
-            raise ValueError("the block")
+            raise error("the block")
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.asyncio
-async def test_a_timeout_of_the_block_is_not_the_grace() -> None:
-    with pytest.raises(TimeoutError, match="the block"):
-        async with chapter.spawn(*chapter.UPPER):
-            raise TimeoutError("the block")
+NOISY = "while True: print('x' * 65536)"
+FORKS = "import os, time\nif os.fork() == 0: time.sleep(0.5); os._exit(0)\nprint(flush=True)"
 
 
 @pytest.mark.asyncio
-async def test_a_child_with_unread_output_is_reaped() -> None:
-    """Its pipe stays open, so that process.wait() alone might never return."""
-    noisy = (*chapter.PYTHON, "while True: print('x' * 65536)")
-    async with chapter.spawn(*noisy, grace=0.01) as process:
-        assert await process.stdout.readline()
-    assert process.returncode is not None
-
-
-@pytest.mark.asyncio
-async def test_a_grandchild_with_the_pipes_does_not_keep_us() -> None:
-    inherits = "import os, time\nif os.fork() == 0: time.sleep(0.5); os._exit(0)\nprint(flush=True)"
-    async with chapter.spawn(*chapter.PYTHON, inherits, grace=0.01) as process:
+@pytest.mark.parametrize("program", [NOISY, FORKS])
+async def test_a_child_whose_pipe_stays_open_is_reaped(program: str) -> None:
+    """By its unread output, or by a grandchild: process.wait() alone might never return."""
+    async with chapter.spawn(*chapter.PYTHON, program, grace=0.01) as process:
         assert await process.stdout.readline()
     assert process.returncode is not None
     assert not child_processes()
@@ -350,7 +306,10 @@ if os.fork() == 0:
 time.sleep(60)
 """
     task = asyncio.create_task(chapter.spawn(*chapter.PYTHON, forks).__aenter__())
-    await until(lambda: asked.is_set() and pid.exists())
+    async with asyncio.timeout(10):
+        await asked.wait()
+        while not pid.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
     task.cancel()
     await asyncio.sleep(0)
     go.set()
@@ -423,23 +382,6 @@ async def test_ctrl_c_reaches_a_child_only_through_its_block() -> None:
             assert os.getsid(process.pid) == process.pid
             process.kill()
             await process.wait()
-
-
-@pytest.mark.asyncio
-async def test_a_missing_program_raises_oserror() -> None:
-    with pytest.raises(FileNotFoundError, match="no-such-program"):
-        async with chapter.spawn(*chapter.MISSING):
-            pytest.fail("entered")
-
-
-@pytest.mark.asyncio
-async def test_a_cancelled_anyio_scope_ends_the_child() -> None:
-    with anyio.CancelScope() as scope:
-        async with chapter.spawn(*chapter.DEAF) as process:
-            scope.cancel()
-            await process.wait()
-    assert scope.cancelled_caught
-    assert process.returncode == -signal.SIGKILL
 
 
 def test_finish_is_that_of_chapter_03() -> None:
@@ -552,28 +494,16 @@ def row(printed: str, code: str) -> list[str]:
 
 
 def test_the_paths_show_which_cleanup_never_ran(played: Callable[[str], str]) -> None:
-    by_hand = played("demo_set_up_fails").partition("✗")[0]
+    by_hand, _verdict, stacked = played("demo_set_up_fails").partition("✗")
     assert row(by_hand, "lock.touch(exist_ok=False)") == ["2", "2"]
     assert row(by_hand, "lock.unlink()") == ["10"]
+    assert row(stacked, "async with AsyncExitStack() as stack:") == ["1 6", "1 4"]  # left last
     patient, spawned = played("demo_cancelled").split("✗")
     assert row(patient, "await asyncio.wait_for(process.wait(), timeout=1)") == ["5"]
     assert row(patient, "process.kill()") == [""]
     assert row(spawned, "transport.close()") == ["8"]
-
-
-def test_the_paths_show_that_a_stack_is_left_last(played: Callable[[str], str]) -> None:
-    stacked = played("demo_set_up_fails")
-    assert row(stacked, "async with AsyncExitStack() as stack:") == ["1 6", "1 4"]
     optional = played("demo_optional")
     assert row(optional, "notes = stack.enter_context(database(path))") == ["3"]
-
-
-def test_blocks_in_a_loop_end_before_the_next_one_begins(played: Callable[[str], str]) -> None:
-    shown = played("demo_any_number").splitlines()
-    brackets = [line.strip("│ ") for line in shown if line.strip("│ ")[:1] in ("┌", "└")]
-    one_by_one = [f"┌ child {n}" for n in (1, 2, 3)]
-    assert brackets[:6] == [line for begin in one_by_one for line in (begin, "└ ended")]
-    assert brackets[6:] == [*one_by_one, "└ ended", "└ ended", "└ ended"]
 
 
 def test_a_child_that_cannot_start_closes_the_ones_before_it(
@@ -589,10 +519,7 @@ def test_a_child_that_cannot_start_closes_the_ones_before_it(
 def test_the_order_of_failures_is_the_one_that_python_makes(played: Callable[[str], str]) -> None:
     """The gap of the real stack is shown as it is on this Python: it may be closed one day."""
 
-    async def gap() -> int:
-        return 2 - len(await chapter.errors_of(chapter.on_a_stack(None)))
-
-    lost = asyncio.run(gap())
+    lost = 2 - len(asyncio.run(chapter.errors_of(chapter.on_a_stack(None))))
     shown = played("demo_order_of_failures")
     verdicts = [line for line in shown.splitlines() if line.startswith(("✗", "✓"))]
     assert verdicts == [
@@ -614,20 +541,6 @@ async def test_the_last_error_reaches_the_caller_with_its_context(block: Excepti
     group, *others = await chapter.errors_of(chapter.in_a_group(block))
     assert [str(error) for error in group.exceptions] == ["second", "first"]
     assert others == [error for error in [block] if error]
-
-
-def test_every_exit_of_a_stack_runs_even_if_others_fail() -> None:
-    log: list[str] = []
-
-    async def with_failures() -> None:
-        async with AsyncExitStack() as stack:
-            for name in "abc":
-                stack.callback(failing)
-                stack.callback(log.append, name)
-
-    with pytest.raises(OSError, match="injected"):
-        asyncio.run(with_failures())
-    assert log == ["c", "b", "a"]
 
 
 def test_the_decision_table_names_the_demo_of_each_row(played: Callable[[str], str]) -> None:

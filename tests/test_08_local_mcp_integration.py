@@ -7,7 +7,6 @@ starts in 30 ms instead of 600. Look at its words to see in which ways it can mi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pickle
@@ -19,9 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -37,13 +36,15 @@ from mcp.server.mcpserver import Context, Image
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import Tool
 from openai import APIStatusError, AsyncOpenAI
-from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 chapter: Any = load_chapter(8)
 ServerError = chapter.ServerError
+text_of = chapter.result_text
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+Quick = Callable[..., Any]
+Said = Callable[[], list[str]]
 
 QUICK = """\
 import json, os, signal, subprocess, sys, time
@@ -70,10 +71,8 @@ def send(**message):
     print(json.dumps({"jsonrpc": "2.0", **message}), flush=True)
 
 def call(name, arguments):
-    text, more = json.dumps(arguments), {}
-    if name == "pid":
-        text = str(os.getpid())
-    elif name == "dies":
+    text = str(os.getpid()) if name == "pid" else json.dumps(arguments)
+    if name == "dies":
         print("so long", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "waits":
@@ -84,13 +83,11 @@ def call(name, arguments):
         send(method="notifications/tools/list_changed")
     elif name == "refuses":
         return {"error": {"code": -32000, "message": "not today"}}
-    elif name == "lies":
-        more = {"structuredContent": {"lie": 1}}
     elif name == "garbles":
         os.write(1, b"\\xff is not a message\\n")
     while name == "babbles":
         os.write(1, b"x" * 65536)
-    return {"result": {"content": [{"type": "text", "text": text}], **more}}
+    return {"result": {"content": [{"type": "text", "text": text}], "structuredContent": {}}}
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -122,71 +119,45 @@ for word in words:
 while "ignores-eof" in words:
     time.sleep(1000)
 """
-
-
-Quick = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def quick_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("servers") / "quick.py"
-    path.write_text(QUICK)
-    return path
+QUICK += f"# for the tests in process {os.getpid()}\n"
 
 
 @pytest.fixture
-def quick(quick_path: Path) -> Iterator[Quick]:
+def quick(monkeypatch: Patch) -> Iterator[Quick]:
     """Makes the configuration of a quick server that misbehaves in the given ways.
 
-    It speaks the older protocol, so "auto" asks it once for the newer one in vain. After the test
-    no such server may be alive, whoever its parent is by then.
+    It speaks the older protocol, so "auto" asks it once for the newer one in vain. It has 0.1 s
+    each to heed the end of its input and SIGTERM, instead of 2 s. After the test no such server may
+    be alive, whoever its parent is by then.
     """
-
-    def config(*words: str, **options: Any) -> Any:
-        arguments = ["-S", "-E", str(quick_path), *words]
-        return chapter.ServerConfig(command=sys.executable, args=arguments, **options)
-
-    yield config
-    assert not processes(lambda pid: str(quick_path) in commands(pid))
-
-
-def processes(wanted: Callable[[int], bool]) -> set[int]:
-    """All processes of this machine that are wanted."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            if wanted(int(entry.name)):
-                found.add(int(entry.name))
-    return found
-
-
-def commands(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-
-
-def living_group(leader: int) -> set[int]:
-    """The processes of a group that have not ended: a killed orphan is init's to bury."""
-
-    def belongs(pid: int) -> bool:
-        state, _parent, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
-        return int(group) == leader and state != "Z"
-
-    return processes(belongs)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child has 0.1 s each to heed the end of its input and SIGTERM, instead of 2 s."""
     monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 0.1)
     monkeypatch.setattr("mcp.shared.jsonrpc_dispatcher._ABANDON_WRITE_TIMEOUT", 0.1)
+
+    def config(*words: str, command: str = sys.executable, **options: Any) -> Any:
+        args = ["-S", "-E", "-c", QUICK, *words]
+        return chapter.ServerConfig(command=command, args=args, **options)
+
+    yield config
+    assert not [group for group, command in processes() if QUICK in command]
+
+
+def processes() -> list[tuple[int, str]]:
+    """The group and the command of each process that has not ended.
+
+    A killed orphan that has ended is init's to bury.
+    """
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            state, _parent, group, *_more = (folder / "stat").read_text().rpartition(")")[2].split()
+            if state != "Z":
+                found.append((int(group), (folder / "cmdline").read_text(errors="replace")))
+    return found
 
 
 def left() -> dict[Any, str]:
     """What a hub may leave behind: descriptors and children."""
     return {**open_descriptors(), **{f"pid {pid}": what for pid, what in child_processes().items()}}
-
-
-Said = Callable[[], list[str]]
 
 
 @pytest.fixture
@@ -196,16 +167,15 @@ def said(caplog: pytest.LogCaptureFixture) -> Said:
     return lambda: [f"{name}: {text}" for name, _level, text in caplog.record_tuples]
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Wait for something that will come; not at all if it has."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.002)
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
 
 
-def text_of(result: Any) -> str:
-    return "\n".join(part.text for part in result.content)
+def states(changes: list[str]) -> Callable[[Any], None]:
+    return lambda status: changes.append(status.state)
 
 
 async def echo(hub: Any, server: str = "a") -> None:
@@ -221,14 +191,12 @@ def written(folder: Path, document: object) -> Path:
     return path
 
 
-def test_a_hosts_file_is_read_and_its_variables_are_filled_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hosts_file_is_read_and_filled_in(tmp_path: Path, said: Said, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOST", "example.org")
     servers = {
         "a": {"command": "${HOST}", "args": ["-h ${HOST}"], "env": {"K": "${HOST}"}, "cwd": "/"},
         "b": {"url": "http://${HOST}/mcp", "headers": {"X": "${HOST}"}, "required": False},
-        "c": {"type": "sse", "url": "https://example.org/sse", "mode": "legacy"},
+        "c": {"type": "sse", "url": "https://example.org/sse", "mode": "legacy", "argz": []},
         "off": {"command": "${NOT_SET}", "disabled": True},
     }
     path = written(tmp_path, {"mcpServers": servers, "theme": "dark"})
@@ -237,56 +205,45 @@ def test_a_hosts_file_is_read_and_its_variables_are_filled_in(
     assert (a.env, b.headers) == ({"K": "example.org"}, {"X": "example.org"})
     assert (str(b.url), c.type) == ("http://example.org/mcp", "sse")
     assert (a.mode, c.mode, a.required, b.required) == ("auto", "legacy", True, False)
+    assert said() == [f"mcp_hub: {path}: mcpServers.c: unknown key 'argz'"]
     with pytest.raises(AttributeError):
         a.command = "y"
     assert chapter.ServerConfig(command="${HOST}").command == "${HOST}"  # not from a file
 
 
-def test_an_unknown_key_is_a_warning(tmp_path: Path, said: Said) -> None:
-    path = written(tmp_path, {"mcpServers": {"git": {"command": "x", "argz": []}}})
-    assert list(chapter.load_config(path)) == ["git"]
-    assert said() == [f"mcp_hub: {path}: mcpServers.git: unknown key 'argz'"]
-
-
+SECRET = {"K": "sk-secret"}
+# The entry of a server, or the whole file, and what the user is told.
 BAD: dict[str, tuple[Any, list[str]]] = {
     "no file": (None, ["No such file"]),
     "not JSON": ("{", ["mcp.json", "Invalid JSON", "line 1"]),
-    "no servers": ({"servers": {}}, ["mcpServers", "required"]),
-    "server not an object": ({"mcpServers": {"git": 3}}, ["mcpServers.git", "object", "not 3"]),
-    "command": ({"mcpServers": {"git": {"command": 3}}}, ["git.command", "string", "not 3"]),
-    "disabled": ({"mcpServers": {"git": {"command": "x", "disabled": 1}}}, ["git.disabled"]),
-    "mode": ({"mcpServers": {"git": {"command": "x", "mode": "old"}}}, ["git.mode", "'old'"]),
-    "url": ({"mcpServers": {"git": {"url": "localhost:80"}}}, ["git.url", "localhost:80"]),
-    "type": ({"mcpServers": {"git": {"url": "http://h/", "type": "ws"}}}, ["git.type", "'ws'"]),
-    "neither": ({"mcpServers": {"git": {}}}, ["git", "either a command"]),
-    "http command": ({"mcpServers": {"git": {"command": "x", "type": "http"}}}, ["git", "'http'"]),
-    "unset": (
-        {"mcpServers": {"git": {"command": "x", "args": ["${NOT_SET}"]}}},
-        ["git.args.0", "the environment variable NOT_SET is not set"],
-    ),
+    "server not an object": (3, ["mcpServers.git", "object", "not 3"]),
+    "command": ({"command": 3}, ["git.command", "string", "not 3"]),
+    "disabled": ({"command": "x", "disabled": 1}, ["git.disabled"]),
+    "mode": ({"command": "x", "mode": "old"}, ["git.mode", "'old'"]),
+    "url": ({"url": "localhost:80"}, ["git.url", "localhost:80"]),
+    "type": ({"url": "http://h/", "type": "ws"}, ["git.type", "'ws'"]),
+    "neither": ({}, ["git", "either a command"]),
+    "both": ({"command": "x", "url": "http://h/", "env": SECRET}, ["git", "either a command"]),
+    "another host's": ('{"servers": {"K": "sk-secret"}}', ["mcpServers", "required"]),
+    "http command": ({"command": "x", "type": "http"}, ["git", "'http'"]),
+    "unset": ({"command": "x", "args": ["${NOT_SET}"]}, ["git.args.0", "variable NOT_SET is not"]),
 }
 
 
-@pytest.mark.parametrize(("document", "words"), BAD.values(), ids=BAD)
-def test_a_bad_configuration_is_one_line_that_names_the_key(
-    tmp_path: Path, document: object, words: list[str]
-) -> None:
-    path = tmp_path / "mcp.json" if document is None else written(tmp_path, document)
+@pytest.mark.parametrize(("given", "words"), BAD.values(), ids=BAD)
+def test_a_bad_configuration_is_one_line(tmp_path: Path, given: object, words: list[str]) -> None:
+    document = given if isinstance(given, str) else {"mcpServers": {"git": given}}
+    path = tmp_path / "mcp.json" if given is None else written(tmp_path, document)
     with pytest.raises(chapter.ConfigError) as caught:
         chapter.load_config(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert all(word in message for word in words), message
+    assert "sk-secret" not in message
 
 
-@pytest.mark.asyncio
-async def test_disabled_or_no_servers_are_a_hub_without_tools(quick: Quick) -> None:
-    async with chapter.connect({"off": quick(disabled=True)}) as hub:
-        assert (hub.statuses, hub.tools, await hub.check()) == ({}, {}, {})
-
-
-# --- The contract ---
+# --- The contract, and starting ---
 
 
 @pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
@@ -298,21 +255,17 @@ def test_the_hub_keeps_the_cleanup_contract(way: Way, quick: Quick) -> None:
         before.update({} if before else left())  # here: the event loop has descriptors of its own
         return chapter.connect(servers)
 
-    faults = [
-        lambda: mock.patch.dict(vars(other), command="/no/such/program"),
-        lambda: mock.patch.dict(vars(other), command="false"),
-    ]
     subject = Subject(
         open=connected,
-        leaks=lambda: {key: what for key, what in left().items() if before and key not in before},
+        leaks=lambda: [what for key, what in left().items() if before and key not in before],
         use=echo,
         closed_error=ServerError,
-        setup_faults=faults,
+        setup_faults=[
+            partial(mock.patch.dict, vars(other), command=command)
+            for command in ("/no/such/program", "false")
+        ],
     )
     way(subject)
-
-
-# --- Starting ---
 
 
 @pytest.mark.asyncio
@@ -326,10 +279,9 @@ async def test_servers_start_at_the_same_time(quick: Quick, tmp_path: Path) -> N
 @pytest.mark.asyncio
 async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
     changes: list[tuple[str, str]] = []
-    servers = {"a": quick(), "b": quick("crashes", required=False)}
-    async with chapter.connect(
-        servers, on_change=lambda s: changes.append((s.name, s.state))
-    ) as hub:
+    servers = {"a": quick(), "b": quick("crashes", required=False), "off": quick(disabled=True)}
+    connected = chapter.connect(servers, on_change=lambda s: changes.append((s.name, s.state)))
+    async with connected as hub:
         status = hub.statuses["a"]
         assert (status.name, status.state, status.error) == ("a", "ready", "")
         assert status.pid == int(text_of(await hub.call("a", "pid")))
@@ -337,64 +289,51 @@ async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
         assert [tool.name for tool in status.tools][-1:] == ["garbles"]  # on the last page
         assert hub.tools == {"a": status.tools}
     assert sorted(changes) == [("a", "ready"), ("a", "stopped"), ("b", "failed")]
-    assert {status.pid for status in hub.statuses.values()} == {None}
+    assert {name: status.pid for name, status in hub.statuses.items()} == {"a": None, "b": None}
 
 
 @pytest.mark.parametrize("probed", ["silent", "dies"])
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_a_server_that_cannot_bear_the_newer_protocol_gets_the_older(
-    quick: Quick, probed: str
-) -> None:
+async def test_a_server_that_fears_the_newer_protocol_starts(quick: Quick, probed: str) -> None:
     servers = {"a": quick(f"{probed}-at=server/discover", "ignores-eof")}
     async with chapter.connect(servers, startup_timeout=4.0) as hub:
         await echo(hub)
 
 
-# In each case: how the server misbehaves, and what the user is told.
-BAD_STARTS = {
-    "missing program": (["command"], "No such file or directory: no-such-program"),
-    "missing directory": (["cwd"], "No such file or directory: /no/such/folder"),
-    "crash": (["crashes"], "ended; its last words: no luck today"),
-    "crash at initialize": (["dies-at=initialize"], "ended"),
-    "crash at tools/list": (["dies-at=tools/list"], "ended"),
-    "silent at initialize": (
-        ["silent-at=initialize", "ignores-eof", "ignores-sigterm"],
-        "was not ready within 0.4 s",
-    ),
-    "silent at tools/list": (["silent-at=tools/list"], "was not ready within 0.4 s"),
-    "endless list": (["endless"], "ValueError: its list of tools has no end: "),
-    "repeated cursor": (["endless", "repeats"], "ValueError: its list of tools has no end: "),
+# In each case: how the server misbehaves or is configured, and what the user is told.
+LATE = "was not ready within 0.4 s"
+ENDLESS = "ValueError: its list of tools has no end: "
+BAD_STARTS: dict[str, tuple[str, Any, str]] = {
+    "program": ("", {"command": "no-such-program"}, "No such file or directory: no-such-program"),
+    "directory": ("", {"cwd": "/no/such/folder"}, "No such file or directory: /no/such/folder"),
+    "crash": ("crashes", {}, "ended; its last words: no luck today"),
+    "crash at initialize": ("dies-at=initialize", {}, "ended"),
+    "crash at tools/list": ("dies-at=tools/list", {}, "ended"),
+    "silent at initialize": ("silent-at=initialize ignores-eof ignores-sigterm", {}, LATE),
+    "silent at tools/list": ("silent-at=tools/list", {}, LATE),
+    "endless list": ("endless", {}, ENDLESS),
+    "repeated cursor": ("endless repeats", {}, ENDLESS),
 }
 
 
-@pytest.mark.parametrize(("words", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("words", "options", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
 @pytest.mark.asyncio
-async def test_a_server_that_does_not_start_is_named_and_the_others_go_on_or_stop(
-    quick: Quick, words: list[str], told: str
-) -> None:
-    """They stop if it is required, and go on if it is optional."""
-    before = left()
+async def test_a_failed_start_is_named(quick: Quick, words: str, options: Any, told: str) -> None:
+    """The other servers stop if it is required, and go on if it is optional."""
     seen: list[Any] = []
-    timeout = 0.4 if "within" in told else 30.0
 
-    def servers(**options: Any) -> dict[str, Any]:
-        if words == ["command"]:
-            bad = chapter.ServerConfig(command="no-such-program", **options)
-        elif words == ["cwd"]:
-            bad = quick(cwd="/no/such/folder", **options)
-        else:
-            bad = quick(*words, **options)
-        return {"a": quick(mode="legacy"), "bad": bad}
+    def connected(**more: Any) -> Any:
+        servers = {"a": quick(mode="legacy"), "bad": quick(*words.split(), **options, **more)}
+        timeout = 0.4 if told is LATE else 30.0
+        return chapter.connect(servers, startup_timeout=timeout, on_change=seen.append)
 
     with pytest.raises(ServerError) as caught:
-        async with chapter.connect(servers(), startup_timeout=timeout, on_change=seen.append):
+        async with connected():
             pytest.fail("was entered")
     assert str(caught.value).startswith(f"MCP server 'bad' did not start: {told}")
     assert caught.value.server == "bad"
     assert (seen[-1].name, seen[-1].state) == ("a", "stopped")
-    async with chapter.connect(servers(required=False), startup_timeout=timeout) as hub:
+    async with connected(required=False) as hub:
         await echo(hub)
         assert hub.statuses["bad"].state == "failed"
         assert list(hub.tools) == ["a"]
@@ -402,7 +341,6 @@ async def test_a_server_that_does_not_start_is_named_and_the_others_go_on_or_sto
             await hub.call("bad", "echo")
         assert told in str(caught.value)
         assert await hub.check() == {"bad": str(caught.value)}
-    assert left() == before
 
 
 @pytest.mark.asyncio
@@ -418,32 +356,22 @@ async def test_a_required_failure_does_not_wait_for_the_others(quick: Quick) -> 
 async def test_with_no_descriptor_left_connect_fails(quick: Quick) -> None:
     """With every number of free descriptors from none to enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 20, hard))
-    taken, failed = [], 0
+    os.close(first_free := os.dup(0))
+    failed = 0
     try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        while taken:
-            with contextlib.suppress(ServerError):
+        for limit in range(first_free, first_free + 100):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            with suppress(ServerError):
                 async with asyncio.timeout(8), chapter.connect({"a": quick(mode="legacy")}) as hub:
                     await echo(hub)
                     break
             failed += 1
-            os.close(taken.pop())
     finally:
-        for descriptor in taken:
-            os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert failed > 3
-    assert taken
+    assert 3 < failed < 100
 
 
 # --- Calling ---
-
-
-async def without_a_word(client: object) -> None:
-    raise OSError
 
 
 # In each case: a tool and its arguments, or a request, and what the user is told.
@@ -454,47 +382,56 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ("waits", {}, "did not answer tool 'waits' within 0.5 s"),
     ("echo", {"text": "\ud800"}, "cannot be sent these arguments: Error serializing to JSON: "),
     ("echo", {"text": object()}, "cannot be sent these arguments: Unable to serialize unknown"),
+    ("echo", {1: 2}, "cannot be sent these arguments: Pydantic"),
     (lambda client: client.read_resource(3), None, "failed at the request: ValidationError: "),
-    (without_a_word, None, "failed at the request: OSError"),
+    (mock.AsyncMock(side_effect=OSError), None, "failed at the request: OSError"),
     (lambda client: client.list_prompts(), None, "failed at the request: MCPError: no such method"),
 ]
 
 
-@pytest.mark.parametrize(("tool", "arguments", "told"), BAD_CALLS)
+def test_half_a_character_in_a_result_can_be_sent_to_a_model() -> None:
+    result = chapter.CallToolResult(content=[chapter.TextContent(type="text", text="\udc80 x")])
+    assert text_of(result) == "? x"
+
+
 @pytest.mark.asyncio
-async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(
-    quick: Quick, tool: Any, arguments: Any, told: str
-) -> None:
+async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(quick: Quick) -> None:
     async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.5) as hub:
-        with pytest.raises(ServerError) as caught:
-            await (hub.ask("a", tool) if arguments is None else hub.call("a", tool, arguments))
-        assert str(caught.value).startswith(f"MCP server 'a' {told}")
-        assert not str(caught.value).endswith(": ")
-        copy = pickle.loads(pickle.dumps(caught.value))
-        assert (str(copy), copy.server) == (str(caught.value), "a")
-        await echo(hub)
-        assert hub.statuses["a"].state == "ready"
+        for tool, arguments, told in BAD_CALLS:
+            with pytest.raises(ServerError) as caught:
+                await (hub.ask("a", tool) if arguments is None else hub.call("a", tool, arguments))
+            assert str(caught.value).startswith(f"MCP server 'a' {told}")
+            assert not str(caught.value).endswith(": ")
+            copy = pickle.loads(pickle.dumps(caught.value))
+            assert (str(copy), copy.server) == (str(caught.value), "a")
+            await echo(hub)
+            assert hub.statuses["a"].state == "ready"
         with pytest.raises(ServerError, match=r"'c' is not known; there are: a, b$"):
             await hub.call("c", "echo")
 
 
 @pytest.mark.asyncio
-async def test_odd_bytes_and_many_bytes_do_no_harm(quick: Quick, said: Said) -> None:
-    async with chapter.connect({"a": quick()}) as hub:
+async def test_odd_bytes_do_no_harm_and_last_words_are_heard(
+    quick: Quick, tmp_path: Path, said: Said, monkeypatch: Patch
+) -> None:
+    """A child has time to say goodbye, too."""
+    monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 10)
+    async with chapter.connect({"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick()}) as hub:
         await hub.call("a", "garbles")
         given = {"text": "\N{SNOWMAN}" * 1_000_000}  # more than a pipe holds
         assert json.loads(text_of(await hub.call("a", "echo", given))) == given
         page = await hub.ask("a", lambda client: client.list_tools(cursor="2"))
         assert [tool.name for tool in page.tools] == ["lies", "babbles", "garbles"]
-    assert said() == ["mcp_hub.a: on stdout, but not a message: � is not a message"]
+        with pytest.raises(ServerError):
+            await hub.call("b", "dies")
+    garbled = "mcp_hub.a: on stdout, but not a message: � is not a message"
+    assert said() == [garbled, "mcp_hub.b: so long"]
+    assert (tmp_path / "done").exists()
 
 
 @pytest.mark.parametrize("name", ["dies", "babbles"])
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.asyncio
-async def test_a_server_lost_in_a_call_is_named_and_the_others_go_on(
-    quick: Quick, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lost_server_is_named(quick: Quick, name: str, monkeypatch: Patch) -> None:
     """It has died, or sends a line without an end. Each call under way learns of it."""
     monkeypatch.setattr(chapter, "LONGEST_LINE", 100_000)
     words = {"dies": "so long", "babbles": "a line on stdout has more than 100000 bytes"}[name]
@@ -516,63 +453,86 @@ async def test_a_server_lost_in_a_call_is_named_and_the_others_go_on(
 @pytest.mark.parametrize(("words", "has_pidfd"), [([], True), (["spawns"], True), ([], False)])
 @pytest.mark.asyncio
 async def test_the_death_of_an_idle_server_is_noticed_when_it_happens(
-    quick: Quick, words: list[str], has_pidfd: bool, monkeypatch: pytest.MonkeyPatch
+    quick: Quick, words: list[str], has_pidfd: bool, monkeypatch: Patch
 ) -> None:
-    """Even if a process that it started holds its pipes open; and on macOS."""
+    """Even if its own child holds the pipes open; and on macOS.
+
+    On Linux, its id stays its own until its group has been killed.
+    """
+    killed, changes, killpg = list[int](), list[Any](), os.killpg
+
+    def kill(group: int, number: int) -> None:
+        assert group in child_processes() or not has_pidfd  # as a zombie, it keeps its id
+        killed.append(group)
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", kill)
     if not has_pidfd:
         monkeypatch.delattr(os, "pidfd_open")
-    changes: list[Any] = []
-    async with chapter.connect({"a": quick(*words)}, on_change=changes.append) as hub:
-        os.kill(hub.statuses["a"].pid, signal.SIGKILL)
+    servers = {"a": quick(*words), "b": quick()}
+    async with chapter.connect(servers, on_change=changes.append) as hub:
+        pids = [status.pid for status in hub.statuses.values()]
+        os.kill(pids[0], signal.SIGKILL)
         await until(lambda: hub.statuses["a"].state == "lost")
-    assert [(change.state, change.pid) for change in changes[1:]] == [("lost", None)]
+    assert [(change.state, change.pid) for change in changes[2:3]] == [("lost", None)]
+    assert killed == pids
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("given", [{}, {"more than a pipe holds": "x" * 1_000_000}])
 @pytest.mark.asyncio
-async def test_a_stopped_server_is_an_error_at_the_deadline(
-    quick: Quick, given: dict[str, str]
-) -> None:
-    before = left()
+async def test_a_stopped_server_is_an_error_at_the_deadline(quick: Quick) -> None:
     async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.2) as hub:
         os.kill(hub.statuses["b"].pid, signal.SIGSTOP)
         with pytest.raises(ServerError, match=r"'b' did not answer tool 'echo' within 0.2 s"):
-            await hub.call("b", "echo", given)
-        assert await hub.check(timeout=0.1) == {
-            "b": "MCP server 'b' did not answer the health check within 0.1 s"
-        }
+            await hub.call("b", "echo", {"more than a pipe holds": "x" * 1_000_000})
+        told = "MCP server 'b' did not answer the health check within 0.1 s"
+        assert await hub.check(timeout=0.1) == {"b": told}
         await echo(hub)
-    assert left() == before
 
 
-def growing_server() -> MCPServer[Any]:
-    """A server that gets a tool while it serves, and says so."""
-    server = MCPServer("growing", log_level="WARNING")
+def tools_server(lifespan: Any = None) -> MCPServer[Any]:
+    """A server in this process, with tools that end in different ways."""
+    server = MCPServer("tools", lifespan=lifespan, log_level="CRITICAL")
+    waiting = asyncio.Event()
 
-    @server.tool()
-    async def echo(n: int) -> str:
+    async def echo(n: int = 0) -> str:
         return json.dumps({"n": n})
 
-    @server.tool()
-    async def grows(context: Context[Any]) -> str:
+    async def waits() -> str:
+        await waiting.wait()
+        return "waited"
+
+    async def wakes() -> None:
+        waiting.set()
+
+    async def fails() -> str:
+        raise ToolError("no luck")
+
+    async def draws() -> list[Any]:
+        return ["a dot:", Image(data=b"dot", format="png")]
+
+    async def grows(context: Context[Any]) -> None:
         server.add_tool(lambda: "big", name="grown")
         await context.notify_tools_changed()
-        return "done"
 
+    for tool in (echo, waits, wakes, fails, draws, grows):
+        server.add_tool(tool, structured_output=False if tool is draws else None)
     return server
 
 
-@pytest.mark.parametrize("era", ["older", "newer"])
+@pytest.mark.parametrize("kind", ["child", "http", "sse"])
 @pytest.mark.asyncio
-async def test_a_changed_list_of_tools_is_fetched_again(quick: Quick, era: str) -> None:
-    config = quick() if era == "older" else growing_server()
-    changes: list[Any] = []
-    async with chapter.connect({"a": config}, on_change=changes.append) as hub:
-        assert "grown" not in {tool.name for tool in hub.tools["a"]}
-        await hub.call("a", "grows")
-        await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
-    assert [change.state for change in changes] == ["ready", "ready", "stopped"]
+async def test_a_changed_list_of_tools_is_fetched_again(quick: Quick, kind: str) -> None:
+    """By the older protocol and by the newer one."""
+    server, changes = tools_server(), list[str]()
+    app = server.sse_app() if kind == "sse" else server.streamable_http_app()
+    async with http(app) as port:
+        config = quick() if kind == "child" else service_at(port, type=kind)
+        async with chapter.connect({"a": config}, on_change=states(changes)) as hub:
+            assert "grown" not in {tool.name for tool in hub.tools["a"]}
+            await hub.call("a", "grows")
+            await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
+            assert await hub.check() == {}
+    assert changes == ["ready", "ready", "stopped"]
 
 
 # --- Leaving ---
@@ -589,39 +549,8 @@ async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapp
     async with chapter.connect({"a": config}) as hub:
         leader = hub.statuses["a"].pid
         assert leader == int(text_of(await hub.call("a", "pid")))
-        assert len(living_group(leader)) == 2
-    await until(lambda: not living_group(leader))
-
-
-@pytest.mark.asyncio
-async def test_a_process_id_is_not_used_after_it_was_given_up(
-    quick: Quick, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system may give it to another process as soon as the child has been reaped."""
-    killed: list[int] = []
-
-    def killpg(group: int, number: int) -> None:
-        assert group in child_processes()  # a zombie, perhaps: it still has its id
-        killed.append(group)
-        os.kill(group, number)
-
-    monkeypatch.setattr(os, "killpg", killpg)
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        pids = [status.pid for status in hub.statuses.values()]
-        os.kill(pids[0], signal.SIGKILL)
-        await until(lambda: hub.statuses["a"].state == "lost")
-    assert killed == pids
-
-
-@pytest.mark.asyncio
-async def test_a_child_can_say_goodbye_and_its_last_words_are_heard(
-    quick: Quick, tmp_path: Path, said: Said
-) -> None:
-    async with chapter.connect({"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick()}) as hub:
-        with pytest.raises(ServerError):
-            await hub.call("b", "dies")
-    assert said() == ["mcp_hub.b: so long"]
-    assert (tmp_path / "done").exists()
+        assert [group for group, _command in processes()].count(leader) == 2
+    await until(lambda: leader not in dict(processes()))
 
 
 class Slow:
@@ -629,8 +558,7 @@ class Slow:
 
     def __init__(self, seconds: float = 0.05) -> None:
         self.opened, self.closed, self.seconds = False, False, seconds
-        self.server = MCPServer("slow", lifespan=self.lifespan, log_level="WARNING")
-        self.server.add_tool(self.waits)
+        self.server = tools_server(self.lifespan)
 
     @asynccontextmanager
     async def lifespan(self, server: Any) -> AsyncIterator[None]:
@@ -641,60 +569,50 @@ class Slow:
             await asyncio.sleep(self.seconds)
             self.closed = True
 
-    async def waits(self) -> None:
-        await asyncio.get_running_loop().create_future()
 
-
-@pytest.mark.parametrize(("seconds", "closed"), [(0.05, True), (1000, False)])
+@pytest.mark.parametrize("ending", [KeyError("mine"), asyncio.CancelledError("mine")])
+@pytest.mark.parametrize(("seconds", "limit"), [(0.05, 10), (1000, 0.05)])
 @pytest.mark.asyncio
 async def test_a_lifespan_in_this_process_has_time_to_end(
-    seconds: float, closed: bool, monkeypatch: pytest.MonkeyPatch
+    seconds: float, limit: float, ending: BaseException, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", 0.5)
-    for ending in (KeyError("mine"), asyncio.CancelledError("mine")):
-        slow = Slow(seconds)
-        with pytest.raises(type(ending)) as caught:
-            async with chapter.connect({"a": slow.server}):
-                raise ending
-        assert caught.value is ending
-        assert slow.closed == closed
+    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", limit)
+    slow = Slow(seconds)
+    with pytest.raises(type(ending)) as caught:
+        async with chapter.connect({"a": slow.server}):
+            raise ending
+    assert caught.value is ending
+    assert slow.closed == (seconds < limit)
 
 
 @pytest.mark.parametrize("kind", ["child", "in-process", "starting"])
 @pytest.mark.parametrize("way", ["timeout", "sibling"])
 @pytest.mark.asyncio
-async def test_inside_a_cancelled_scope_the_hub_ends_its_servers(
-    quick: Quick, kind: str, way: str, said: Said
-) -> None:
+async def test_cancelled_scopes_end_servers(quick: Quick, kind: str, way: str, said: Said) -> None:
     """A scope of anyio cancels all that waits in it, again and again."""
-    before, slow = left(), Slow()
+    before, slow, changes = left(), Slow(), list[str]()
     silent = quick("silent-at=tools/list", mode="legacy")
     config = {"child": quick(), "in-process": slow.server, "starting": silent}[kind]
-    changes: list[str] = []
-    left_by: list[BaseException] = []
 
     async def block() -> None:
         try:
-            connected = chapter.connect({"a": config}, on_change=lambda s: changes.append(s.state))
-            async with connected as hub:
+            async with chapter.connect({"a": config}, on_change=states(changes)) as hub:
                 await hub.call("a", "waits")
-        except BaseException as error:
-            left_by.append(error)
+        except asyncio.CancelledError:
+            changes.append("cancelled")
             raise
 
-    async def end() -> None:
-        await until(lambda: slow.opened or said() or changes)
-        raise KeyError("sibling")
-
     used = time.process_time()
-    with contextlib.suppress(TimeoutError, ExceptionGroup):
-        with anyio.fail_after(0.5 if way == "timeout" else 60):
+    with suppress(TimeoutError, ExceptionGroup):
+        with anyio.fail_after(60) as scope:
             async with anyio.create_task_group() as group:
                 group.start_soon(block)
+                await until(lambda: slow.opened or said() or changes)
                 if way == "sibling":
-                    group.start_soon(end)
-    assert isinstance(left_by[0], asyncio.CancelledError)
-    assert changes[-1] == "stopped"
+                    raise KeyError
+                scope.deadline = 0
+                await anyio.sleep_forever()
+    assert changes[-2:] == ["stopped", "cancelled"]
     assert slow.closed == slow.opened
     assert left() == before
     assert time.process_time() - used < 2.0  # it has not turned in a circle
@@ -715,9 +633,7 @@ async def test_a_call_under_way_may_finish_and_new_ones_are_refused(quick: Quick
 
 
 @pytest.mark.asyncio
-async def test_if_the_body_fails_calls_under_way_are_not_waited_for(
-    quick: Quick, said: Said
-) -> None:
+async def test_a_failing_body_does_not_wait_for_calls(quick: Quick, said: Said) -> None:
     with pytest.raises(KeyError):
         async with chapter.connect({"a": quick()}, call_timeout=60) as hub:
             late = asyncio.create_task(hub.call("a", "waits"))
@@ -728,36 +644,31 @@ async def test_if_the_body_fails_calls_under_way_are_not_waited_for(
 
 
 @pytest.mark.asyncio
-async def test_it_may_be_left_in_another_task_than_it_was_entered_in(quick: Quick) -> None:
-    """And beside another hub, whose children live on."""
-    async with chapter.connect({"a": quick()}) as other:
-        before = left()
-        manager = chapter.connect({"a": quick()})
-        hub = await asyncio.create_task(manager.__aenter__())
-        await echo(hub)
-        await asyncio.create_task(manager.__aexit__(None, None, None))
-        assert left() == before
-        await echo(other)
+async def test_another_task_than_the_one_that_entered_may_leave(quick: Quick) -> None:
+    manager = chapter.connect({"a": quick()})
+    hub = await asyncio.create_task(manager.__aenter__())
+    await echo(hub)
+    await asyncio.create_task(manager.__aexit__(None, None, None))
+    assert hub.statuses["a"].state == "stopped"
 
 
 # --- Signals, for real ---
 
 PROGRAM = """\
-import asyncio, contextlib, importlib.util, logging, signal, sys
-spec = importlib.util.spec_from_file_location("chapter_08", {path!r})
-sys.modules["chapter_08"] = chapter = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chapter)
+import asyncio, contextlib, importlib, logging, signal, sys
+module, quick, moment, safe = sys.argv[1:]
+chapter = importlib.import_module(module)
 chapter.EXIT_TIMEOUT = 0.2
 
 def server(*words):
-    return chapter.ServerConfig(command=sys.executable, args=["-S", "-E", {quick!r}, *words])
+    return chapter.ServerConfig(command=sys.executable, args=["-S", "-E", "-c", quick, *words])
 
 async def main():
-    start = ["silent-at=tools/list"] if {when!r} == "start" else []
+    start = ["silent-at=tools/list"] if moment == "silent" else []
     stubborn = server("ignores-eof", "ignores-sigterm", "spawns", *start)
-    with chapter.cancelled_by_signals() if {safe} else contextlib.nullcontext():
-        async with chapter.connect({{"a": stubborn, "b": server("ignores-eof")}}) as hub:
-            if {when!r} == "call":
+    with chapter.cancelled_by_signals() if safe else contextlib.nullcontext():
+        async with chapter.connect({"a": stubborn, "b": server("ignores-eof")}) as hub:
+            if moment == "waiting":
                 await hub.call("a", "waits")
             print("leaving", file=sys.stderr, flush=True)
         print("not interrupted")
@@ -769,49 +680,36 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-MOMENTS = {"start": "silent\n", "call": "waiting\n", "exit": "leaving\n"}
 AS_A_JOB = ["sh", "-c", '"$@" & child=$!; echo $child; wait $child', "sh"]
 
 
 @pytest.mark.parametrize(
-    ("when", "signals", "background", "safe"),
+    ("moment", "signals", "job", "safe"),
     [
-        ("start", ["SIGINT", "SIGINT"], False, True),
-        ("exit", ["SIGINT", "SIGINT"], False, True),
-        ("start", ["SIGHUP", "SIGTERM"], False, True),
-        ("call", ["SIGTERM"], True, True),  # a shell has started it with `&`: it ignores SIGINT
-        ("call", ["SIGINT"], False, False),
+        ("silent", ["SIGINT", "SIGINT"], False, "safe"),  # while it starts
+        ("leaving", ["SIGINT", "SIGINT"], False, "safe"),
+        ("silent", ["SIGHUP", "SIGTERM"], False, "safe"),
+        ("waiting", ["SIGTERM"], True, "safe"),  # a shell's `&` has it ignore SIGINT
+        ("waiting", ["SIGINT"], False, ""),
     ],
 )
 @pytest.mark.usefixtures("quick")  # which sees to it that no server is left
-def test_no_child_outlives_signals(
-    when: str, signals: list[str], background: bool, safe: bool, quick_path: Path
-) -> None:
+def test_no_child_outlives_signals(moment: str, signals: list[str], job: bool, safe: str) -> None:
     """One Ctrl-C does no harm without `cancelled_by_signals`; a second one may strike anywhere."""
-    path = str(chapter_path(8))
-    program = PROGRAM.format(when=when, safe=safe, quick=str(quick_path), path=path)
-    command = [*(AS_A_JOB if background else []), sys.executable, "-c", program]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
-        assert run.stdout
-        assert run.stderr
-        pid = int(run.stdout.readline()) if background else run.pid
-        while run.stderr.readline() != MOMENTS[when]:
+    path, pipe = chapter_path(8), subprocess.PIPE
+    command = [sys.executable, "-c", PROGRAM, path.stem, QUICK, moment, safe]
+    command = [*(AS_A_JOB if job else []), *command]
+    run: Any = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=path.parent)
+    with run:
+        pid = int(run.stdout.readline()) if job else run.pid
+        while run.stderr.readline() != f"{moment}\n":
             assert run.poll() is None
         for name in signals:
             os.kill(pid, getattr(signal, name))
-            poll(lambda: not pending(pid))
+            asyncio.run(until(lambda: not pending(pid)))
         output, errors = run.communicate(timeout=20)
-    assert (run.returncode, output) == (130, f"{background}\n")
+    assert (run.returncode, output) == (130, f"{job}\n")
     assert "Traceback" not in errors or not safe
-
-
-def poll(happened: Callable[[], object], deadline: float = 10.0) -> None:
-    """Look again and again for something that happens in another process."""
-    end = time.monotonic() + deadline
-    while not happened():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 def pending(pid: int) -> int:
@@ -825,7 +723,7 @@ async def test_the_handlers_of_signals_are_restored() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     for raises in (None, KeyError, asyncio.CancelledError):
-        with contextlib.suppress(KeyError, asyncio.CancelledError):
+        with suppress(KeyError, asyncio.CancelledError):
             with chapter.cancelled_by_signals():
                 if raises:
                     raise raises
@@ -852,89 +750,65 @@ async def http(app: Any, port: int = 0) -> AsyncIterator[int]:
                     task.cancel()
 
 
-class Service:
-    """A service with sessions, as the older protocol has them, that records its requests."""
+def service(requests: list[str]) -> Any:
+    """A service with sessions, as the older protocol has them. It records its requests."""
+    app = tools_server().streamable_http_app()
 
-    def __init__(self) -> None:
-        self.app = growing_server().streamable_http_app()
-        self.requests: list[str] = []
-        self.headers: dict[bytes, bytes] = {}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
         async def record(event: Any) -> None:
             if event["type"] == "http.response.start":
-                self.requests.append(f"{scope['method']} {event['status']}")
+                token = dict(scope["headers"]).get(b"x-token", b"none").decode()
+                requests.append(f"{scope['method']} {event['status']} {token}")
             await send(event)
 
-        self.headers = dict(scope.get("headers", ()))
-        await self.app(scope, receive, record)
+        await app(scope, receive, record)
+
+    return answer
 
 
 def service_at(port: int, **options: Any) -> Any:
-    return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/mcp", **options)
+    path = "sse" if options.get("type") == "sse" else "mcp"
+    return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/{path}", **options)
 
 
 @pytest.mark.parametrize("other", ["", "crashes"])
 @pytest.mark.asyncio
 async def test_headers_are_sent_and_the_session_is_ended(quick: Quick, other: str) -> None:
     """Even if another server does not start."""
-    service = Service()
-    async with http(service) as port:
+    requests: list[str] = []
+    async with http(service(requests)) as port:
         config = service_at(port, headers={"X-Token": "secret"}, mode="legacy")
-        with contextlib.suppress(ServerError):
+        with suppress(ServerError):
             async with chapter.connect({"a": config, "b": quick(other)}) as hub:
                 await echo(hub)
-        assert service.headers[b"x-token"] == b"secret"
-    assert service.requests[-1] == "DELETE 200"
+    assert requests[-1] == "DELETE 200 secret"
 
 
 @pytest.mark.asyncio
-async def test_a_forgotten_session_is_initialised_again(quick: Quick) -> None:
-    changes: list[str] = []
+async def test_a_service_that_went_away_is_reached_again_by_the_next_call(quick: Quick) -> None:
+    """By the same call if the service is back, but has forgotten our session."""
+    changes, requests = list[str](), list[str]()
     async with AsyncExitStack() as stack:
-        async with http(Service()) as port:
+        async with http(service([])) as port:
             servers = {"a": service_at(port, mode="legacy"), "b": quick()}
-            connected = chapter.connect(servers, on_change=lambda s: changes.append(s.state))
+            connected = chapter.connect(servers, on_change=states(changes))
             hub = await stack.enter_async_context(connected)
             await echo(hub)
-        async with http(deployed_again := Service(), port):
+        async with http(service(requests), port):
             await echo(hub)
-            await echo(hub, "b")
             assert hub.statuses["a"].state == "ready"
-            await stack.aclose()
-    assert deployed_again.requests.count("POST 404") == 1
-    assert changes == ["ready", "ready", "lost", "starting", "ready", "stopped", "stopped"]
-
-
-@pytest.mark.asyncio
-async def test_after_an_outage_the_next_call_tries_again(quick: Quick) -> None:
-    async with AsyncExitStack() as stack:
-        async with http(Service()) as port:
-            servers = {"a": service_at(port, mode="legacy"), "b": quick()}
-            hub = await stack.enter_async_context(chapter.connect(servers))
-            await echo(hub)
         for problem in ("died during tool 'echo'", "is failed"):
             with pytest.raises(ServerError, match=f"'a' {problem}: ConnectError: "):
                 await hub.call("a", "echo", {"n": 1})
         await echo(hub, "b")
-        async with http(Service(), port):
+        async with http(service([]), port):
             assert await hub.check() == {}
             await echo(hub)
             await stack.aclose()
-
-
-@pytest.mark.parametrize("kind", ["http", "sse"])
-@pytest.mark.asyncio
-async def test_a_service_is_reached_by_its_url(tmp_path: Path, kind: str) -> None:
-    server = growing_server()
-    app = server.streamable_http_app() if kind == "http" else server.sse_app()
-    async with http(app) as port:
-        url = f"http://127.0.0.1:{port}/{'mcp' if kind == 'http' else 'sse'}"
-        path = written(tmp_path, {"mcpServers": {"a": {"type": kind, "url": url}}})
-        async with chapter.connect(chapter.load_config(path)) as hub:
-            assert text_of(await hub.call("a", "grows")) == "done"
-            await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
-            assert await hub.check() == {}
+    assert requests.count("POST 404 none") == 1
+    forgotten, down = ["lost", "starting", "ready"], ["lost", "starting", "failed"]
+    back = ["starting", "ready", "stopped", "stopped"]
+    assert changes == ["ready", "ready", *forgotten, *down, *back]
 
 
 # --- A model that uses the tools ---
@@ -950,79 +824,41 @@ def asks(*calls: tuple[str, object]) -> dict[str, Any]:
     return {"tool_calls": [{"id": f"c{n}", "type": "function", "function": f} for n, f in numbered]}
 
 
-def choice(message: Any) -> Any:
-    return {"message": message, "finish_reason": "stop"}
+def completion(message: Any) -> Any:
+    return {"choices": [{"message": message, "finish_reason": "stop"}]}
 
 
-async def talk(
-    *script: Any, servers: Any = None, hub: Any = None, **options: Any
-) -> tuple[list[Any], list[Any]]:
-    """Let a scripted model run the tools. Return the new messages and the requests."""
+async def talk(*script: Any, hub: Any, **options: Any) -> tuple[list[Any], list[Any]]:
+    """Let a scripted model run the hub's tools. Return the new messages and the requests."""
     requests: list[Any] = []
 
     def respond(request: httpx2.Request) -> httpx2.Response:
         requests.append(json.loads(request.content))
         reply = script[len(requests) - 1]
-        if isinstance(reply, httpx2.Response):
-            return reply
-        return httpx2.Response(200, json={"choices": [choice(reply)]})
+        known = isinstance(reply, httpx2.Response)
+        return reply if known else httpx2.Response(200, json=completion(reply))
 
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
-    async with (
-        chapter.connect(servers or {}) as connected,
-        AsyncOpenAI(api_key="-", base_url="http://x", http_client=http, max_retries=0) as client,
-    ):
-        messages = [USER]
+    client = AsyncOpenAI(api_key="-", base_url="http://x", http_client=http, max_retries=0)
+    messages = [USER]
+    async with client:
         try:
-            new = await chapter.run_with_tools(client, "m", messages, hub or connected, **options)
+            new = await chapter.run_with_tools(client, "m", messages, hub, **options)
         finally:
             assert messages == [USER], "a failed turn can be sent again"
     return new, requests
 
 
-def tools_server() -> MCPServer[Any]:
-    """Tools that end in different ways."""
-    server, waiting = MCPServer("tools", log_level="ERROR"), asyncio.Event()
-
-    @server.tool()
-    async def echo(text: str = "nothing") -> str:
-        return text
-
-    @server.tool()
-    async def waits() -> str:
-        await waiting.wait()
-        return "waited"
-
-    @server.tool()
-    async def wakes() -> None:
-        waiting.set()
-
-    @server.tool()
-    async def fails() -> str:
-        raise ToolError("no luck")
-
-    @server.tool(structured_output=False)
-    async def draws() -> list[Any]:
-        return ["a dot:", Image(data=b"dot", format="png")]
-
-    return server
-
-
-def stub(before_call: Callable[[], object] = list, **tools: list[str]) -> Any:
+def stub(**tools: list[str]) -> Any:
     """A hub whose calls all fail."""
-
-    async def call(server: str, *_call: object) -> None:
-        before_call()
-        raise chapter.ServerError(server, "died")
-
-    listed = {
-        n: [Tool(name=t, input_schema={"type": "object"}) for t in ts] for n, ts in tools.items()
-    }
-    return SimpleNamespace(tools=listed, call=call)
+    schema = {"type": "object"}
+    listed = {n: [Tool(name=t, input_schema=schema) for t in ts] for n, ts in tools.items()}
+    call = mock.AsyncMock(side_effect=ServerError("a", "died"))
+    return mock.NonCallableMock(tools=listed, call=call)
 
 
 def test_the_model_sees_valid_and_unique_names() -> None:
-    hub = stub(list, **{"my notes": ["add"], "my_notes": ["add", "é.x"], "s" * 70: ["one", "two"]})
+    hub = stub(**{"my notes": ["add"], "my_notes": ["add", "é.x"], "s" * 70: ["one", "two"]})
     named = chapter.chat_tools(hub)
     assert [(server, tool.name) for server, tool in named.values()] == [
         (server, tool.name) for server, tools in hub.tools.items() for tool in tools
@@ -1032,140 +868,103 @@ def test_the_model_sees_valid_and_unique_names() -> None:
 
 
 @pytest.mark.asyncio
-async def test_tools_are_sent_as_the_api_requires_them() -> None:
-    _new, (request,) = await talk(DONE, hub=stub(a=["b"]))
+async def test_each_round_offers_the_tools_of_that_moment() -> None:
+    """In the API's form. A dead server is reported to the model."""
+    hub = stub(a=["b"])
+
+    def call(*_call: object) -> None:
+        hub.tools |= stub(new=["c"]).tools
+        raise ServerError("a", "died")
+
+    hub.call.side_effect = call
+    new, (first, second) = await talk(asks(("a__b", "{}")), DONE, hub=hub)
     empty = {"type": "object", "properties": {}}
     function = {"name": "a__b", "description": "", "parameters": empty}
-    assert request["tools"] == [{"type": "function", "function": function}]
-    _new, (request,) = await talk(DONE)
+    assert first["tools"] == [{"type": "function", "function": function}]
+    assert [tool["function"]["name"] for tool in second["tools"]] == ["a__b", "new__c"]
+    assert new[1]["content"] == "Error: MCP server 'a' died"
+    new, (request,) = await talk({"content": None, "refusal": "No."}, hub=stub())
     assert "tools" not in request
+    assert new[0]["refusal"] == "No."
+
+
+# What the model asks for in one reply, and what it is told.
+ANSWERS: list[tuple[str, object, str]] = [
+    ("t__waits", "", "waited"),  # for the next one
+    ("t__wakes", "", '{"result": null}'),
+    ("t__fails", "", "Error: Error executing tool fails: no luck"),
+    ("t__draws", "", r"a dot:\n\[image left out\]"),
+    ("t__echo", "", '{"n": 0}'),
+    ("t__ecco", "{}", "Error: no such tool; there are: t__echo, t__waits, .*"),
+    ("t__echo", '{"n": "x', "Error: not a JSON object: Invalid JSON: EOF.*"),
+    ("t__echo", '{"x":' * 9999, "Error: not a JSON object.*"),
+    ("t__echo", "[1]", "Error: not a JSON object: Input should be an object"),
+    ("t__echo", {"n": 1}, "Error: not a JSON object.*"),
+    ("t__echo", r'{"n": "\ud800"}', "Error: not a JSON object.*"),
+    ("t__echo", '{"n": "x"}', "Error: Error executing tool echo.*"),
+]
 
 
 @pytest.mark.asyncio
-async def test_tools_run_together_and_answer_in_order() -> None:
-    """The first tool waits for the second one."""
-    names = ("waits", "wakes", "fails", "draws", "echo")
-    reply = asks(*((f"t__{name}", "") for name in names)) | {"reasoning": "kept"}
-    new, requests = await talk(reply, DONE, servers={"t": tools_server()})
+async def test_tools_run_together_and_answers_and_mistakes_come_in_order() -> None:
+    reply = asks(*((name, given) for name, given, _told in ANSWERS)) | {"reasoning": "kept"}
+    async with chapter.connect({"t": tools_server()}) as hub:
+        new, requests = await talk(reply, DONE, hub=hub)
     assert new == [{"role": "assistant"} | reply, *new[1:-1], {"role": "assistant"} | DONE]
-    assert [m["content"] for m in new[1:-1]] == [
-        "waited",
-        '{"result": null}',
-        "Error: Error executing tool fails: no luck",
-        "a dot:\n[image left out]",
-        "nothing",
-    ]
+    for message, (_name, _given, told) in zip(new[1:-1], ANSWERS, strict=True):
+        assert re.fullmatch(told, message["content"], re.DOTALL)
     assert [m["tool_call_id"] for m in new[1:-1]] == [call["id"] for call in reply["tool_calls"]]
     assert requests[1]["messages"] == [USER, *new[:-1]]
-
-
-MISTAKES = {
-    "unknown tool": (("t__ecco", "{}"), "Error: no such tool; there are: t__echo, t__waits"),
-    "cut off": (("t__echo", '{"text": "x'), "Error: not a JSON object: Invalid JSON: EOF"),
-    "too deep": (("t__echo", '{"x":' * 9999), "Error: not a JSON object"),
-    "no object": (("t__echo", "[1]"), "Error: not a JSON object: Input should be an object"),
-    "not a string": (("t__echo", {"text": "x"}), "Error: not a JSON object"),
-    "half a character": (("t__echo", r'{"text": "\ud800"}'), "Error: not a JSON object"),
-    "wrong type": (("t__echo", '{"text": 3}'), "Error: Error executing tool echo"),
-}
-
-
-@pytest.mark.parametrize(("call", "told"), MISTAKES.values(), ids=MISTAKES)
-@pytest.mark.asyncio
-async def test_a_mistake_is_told_to_the_model_which_goes_on(
-    call: tuple[str, object], told: str
-) -> None:
-    new, _requests = await talk(asks(call), DONE, servers={"t": tools_server()})
-    assert new[1]["content"].startswith(told)
-    assert new[2]["content"] == "Done."
-
-
-@pytest.mark.asyncio
-async def test_a_server_that_died_is_told_to_the_model() -> None:
-    new, _requests = await talk(asks(("a__b", "{}")), DONE, hub=stub(a=["b"]))
-    assert new[1]["content"] == "Error: MCP server 'a' died"
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
 @pytest.mark.asyncio
 async def test_the_rounds_of_tools_are_limited(rounds: int) -> None:
-    calls: list[str] = []
-    hub = stub(lambda: calls.append("b"), a=["b"])
+    hub = stub(a=["b"])
     script = [asks(("a__b", "{}"))] * 9
     with pytest.raises(chapter.ReplyError, match=f"asked for tools more than {rounds} times"):
         await talk(*script, hub=hub, max_rounds=rounds)
-    assert calls == ["b"] * rounds
+    assert hub.call.await_count == rounds
     new, _requests = await talk(*script[:rounds], DONE, hub=hub, max_rounds=rounds)
     assert new[-1]["content"] == "Done."
 
 
-@pytest.mark.asyncio
-async def test_each_round_offers_the_tools_of_that_moment() -> None:
-    hub = stub(lambda: hub.tools.update(stub(new=["c"]).tools), a=["b"])
-    _new, requests = await talk(asks(("a__b", "{}")), DONE, hub=hub)
-    assert [len(request["tools"]) for request in requests] == [1, 2]
+BAD_REPLIES: list[Any] = [  # others: in test_hostile_endpoints.py
+    httpx2.Response(200, text="[" * 99999),
+    {"content": "x", "tool_calls": {"a": "b"}},
+    {"tool_calls": [{"function": {"name": "a__b", "arguments": "{}"}}]},  # without id
+    {"tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "a__b"}}]},
+]
 
 
-BAD_REPLIES = {  # others: in test_hostile_endpoints.py
-    "too deep": httpx2.Response(200, text="[" * 99999),
-    "calls are no list": {"content": "x", "tool_calls": {"a": "b"}},
-    "a call without id": {"tool_calls": [{"function": {"name": "a__b", "arguments": "{}"}}]},
-    "a custom tool": {"tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "a__b"}}]},
-}
-
-
-@pytest.mark.parametrize("reply", BAD_REPLIES.values(), ids=BAD_REPLIES)
+@pytest.mark.parametrize("reply", [*BAD_REPLIES, httpx2.Response(500, json={})])
 @pytest.mark.asyncio
 async def test_a_reply_that_is_no_chat_completion_is_an_error(reply: Any) -> None:
-    with pytest.raises(chapter.ReplyError, match="the reply is not"):
+    """The client's own errors propagate."""
+    errors, told = (chapter.ReplyError, APIStatusError), "the reply is not|Error code: 500"
+    with pytest.raises(errors, match=told) as caught:
         await talk(asks(("a__b", "{}")), reply, hub=stub(a=["b"]))
-
-
-@pytest.mark.asyncio
-async def test_what_the_client_raises_propagates() -> None:
-    with pytest.raises(APIStatusError):
-        await talk(httpx2.Response(500, json={}))
-    new, _requests = await talk({"content": None, "refusal": "No."})
-    assert new[0]["refusal"] == "No."
+    assert isinstance(caught.value, APIStatusError) == (reply not in BAD_REPLIES)
 
 
 @pytest.mark.asyncio
 async def test_a_model_behind_a_foreign_server_uses_the_tools() -> None:
     """It sends neither usage nor types, and reasons aloud, as several such servers do."""
     asking = asks(("t__echo", "")) | {"reasoning_content": "Hm."}
-    replies = [{"choices": [choice(message)]} for message in (asking, DONE)]
+    replies = [completion(message) for message in (asking, DONE)]
 
-    async def complete(_request: Request) -> JSONResponse:
-        return JSONResponse(replies.pop(0))
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"] == "/v1/chat/completions"  # a lifespan has none
+        await JSONResponse(replies.pop(0))(scope, receive, send)
 
-    app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])])
     async with http(app) as port, chapter.connect({"t": tools_server()}) as hub:
         async with AsyncOpenAI(api_key="-", base_url=f"http://127.0.0.1:{port}/v1") as client:
             new = await chapter.run_with_tools(client, "m", [USER], hub)
-    assert [message["content"] for message in new[1:]] == ["nothing", "Done."]
+    assert [message["content"] for message in new[1:]] == ['{"n": 0}', "Done."]
     assert new[0] == asking | {"role": "assistant"}
 
 
-# --- What the demos show ---
-
-Play = Callable[..., tuple[object, str, str]]
-
-
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Play:
-    """Run the script in this process. Return its status, what it printed in one line, errors."""
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["08.py", *arguments])
-        try:
-            status = chapter.main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return status, " ".join(out.split()), err
-
-    return run
-
+# --- The demos and their servers ---
 
 SHOWN = {
     "1": r"✗ Children left by `forgotten`: \d+\. ✓ Children left by `connected`: none\.",
@@ -1180,17 +979,21 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(("number", "shown"), SHOWN.items(), ids=SHOWN)
-def test_what_a_demo_shows(play: Play, number: str, shown: str) -> None:
-    status, out, err = play(number)
-    assert (status, err) == (0, "")
-    assert re.search(shown, out), out
+def test_what_a_demo_shows(number: str, shown: str, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "argv", ["08.py", number])
+    assert chapter.main() == 0
+    out, err = capsys.readouterr()
+    assert re.search(shown, " ".join(out.split())), out
+    assert err == ""
 
 
-def test_windows_ends_the_script_with_one_line(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_ends_the_script_with_one_line(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    status, _out, err = play("1")
-    assert status == 2
-    assert err.endswith("08.py: error: Windows is left out: its event loop cannot watch a pipe\n")
+    monkeypatch.setattr(sys, "argv", ["08.py", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        chapter.main()
+    told = "08.py: error: Windows is left out: its event loop cannot watch a pipe\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_the_script_is_imported_on_windows_and_without_openai() -> None:
@@ -1201,9 +1004,6 @@ def test_the_script_is_imported_on_windows_and_without_openai() -> None:
         runpy.run_path({str(chapter_path(8))!r})
         sys.exit("openai" in sys.modules)"""
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-# --- The two servers ---
 
 
 @pytest.mark.asyncio
