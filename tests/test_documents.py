@@ -32,6 +32,8 @@ ELSEWHERE = {
     "FastMCP": "mcp 1, fastmcp",
     "filelock": "the package of FileLock",
     "MCPServerManager": "OpenAI Agents SDK",
+    "component_name_hook": "mcp.ClientSessionGroup",
+    "connect_to_server": "mcp.ClientSessionGroup",
     "failed_servers": "OpenAI Agents SDK",
     "PromptRecorder": "llamabot before 0.12",
     "RunContextWrapper": "OpenAI Agents SDK",
