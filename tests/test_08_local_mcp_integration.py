@@ -1,7 +1,6 @@
 """Chapter 08: the hub against real processes that behave, die, hang, and will not die.
 
-Most servers here are QUICK below: a real child process that speaks MCP without the SDK, and so
-starts in 30 ms instead of 600. Look at its words to see in which ways it can misbehave.
+Most servers are QUICK below, real processes without the SDK: they start in 30 ms. See its words.
 """
 
 from __future__ import annotations
@@ -54,8 +53,9 @@ if "ignores-sigterm" in words:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "crashes" in words:
     sys.exit("no luck at all\\n  | no luck today\\n  +------\\n")
-if "spawns" in words:
-    subprocess.Popen(["sleep", "1000"])  # which holds all three pipes
+for word in {"spawns", "daemon"} & set(words):  # each holds all three pipes
+    sleep = ["sleep", str(10**6 + os.getpid())]
+    subprocess.Popen(sleep, start_new_session=word == "daemon")
 for word in words:
     if word.startswith("meets="):  # answers no one until so many others have come, too
         folder, number = word[6:].split(",")
@@ -142,10 +142,7 @@ def quick(monkeypatch: Patch) -> Iterator[Quick]:
 
 
 def processes() -> list[tuple[int, str]]:
-    """The group and the command of each process that has not ended.
-
-    A killed orphan that has ended is init's to bury.
-    """
+    """The group and the command of each process that has not ended (init buries zombies)."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
@@ -541,8 +538,8 @@ async def test_a_changed_list_of_tools_is_fetched_again(quick: Quick, kind: str)
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.asyncio
 async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapped: bool) -> None:
-    """Even if a shell has started the server, with a stderr of its own."""
-    config = quick("spawns")
+    """Even if a shell has started it, with a stderr of its own. A daemon leaves the group."""
+    config = quick("spawns", "daemon")
     if wrapped:
         arguments = ["-c", 'exec "$0" "$@" 2>>/dev/null', config.command, *config.args]
         config = chapter.ServerConfig(command="sh", args=arguments)
@@ -551,6 +548,8 @@ async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapp
         assert leader == int(text_of(await hub.call("a", "pid")))
         assert [group for group, _command in processes()].count(leader) == 2
     await until(lambda: leader not in dict(processes()))
+    (daemon,) = (group for group, command in processes() if f"{10**6 + leader}" in command)
+    os.killpg(daemon, signal.SIGKILL)  # it survived, so this does not raise
 
 
 class Slow:
