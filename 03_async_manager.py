@@ -65,7 +65,7 @@ async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> 
     Raises what `cleanup` raises. Raises TimeoutError after `within` seconds: `cleanup` is then
     cancelled, and nobody waits for it any longer.
 
-    `cleanup` runs in a task of its own, in a copy of the caller's context. So it cannot reset the
+    `cleanup` runs in its own task, in a copy of the caller's context. So it cannot reset the
     caller's context variables, or exit an anyio cancel scope that the caller entered. An event
     loop that shuts down cancels it, like every other task.
     """
@@ -124,7 +124,7 @@ def discover_gpus() -> list[GPU]:
 async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
     """Run a child process that sees `gpu` as its only device, and kill it when the block ends.
 
-    Its output is piped. It leads a session of its own: Ctrl-C does not reach it, and all processes
+    Its output is piped. It leads its own session: Ctrl-C does not reach it, and all processes
     in its process group are killed with it. Raises OSError if the command cannot be started, and
     TimeoutError if a process outside the group holds its output open for 10 s after that. No other
     task may be reading the output when the block ends.

@@ -154,7 +154,7 @@ _current: ContextVar[Session | None] = ContextVar("current_session", default=Non
 def current_session() -> Session | None:
     """Return the innermost session.
 
-    A task that outlives its session still gets it, closed, until it opens a session of its own.
+    A task that outlives its session still gets it, closed, until it opens its own session.
     """
     return _current.get()
 
@@ -745,7 +745,7 @@ KEY_POINTS = """\
 * All tasks share a global. A `ContextVar` has a value for each task and each thread.
 * Keep the Token that `set()` returns, and `reset()` with it in a `finally`.
 * A task keeps its copy of the context: a session whose block has ended must refuse its calls.
-* Run a thread's job in a copy of the context, and a generator in a context of its own.
+* Run a thread's job in a copy of the context, and a generator in its own context.
 * Record below the SDK, in a transport. Nobody can forget it there."""
 
 

@@ -397,8 +397,8 @@ class Session(Scope):
         """Return the most that asking this now can cost.
 
         A token of a byte-level tokenizer has at least one byte, so the request in JSON has at
-        least as many bytes as the input has tokens. The bound holds if the server adds no prompt
-        of its own and keeps to the output limit.
+        least as many bytes as the input has tokens. The bound holds if the server adds nothing to
+        the prompt and keeps to the output limit.
         """
         size = len(json.dumps(self._request(prompt), ensure_ascii=False).encode())
         return money(self._price(size, self.max_output_tokens, 0), "the price")
@@ -514,7 +514,7 @@ class GovernedSession:
     session: Session
 
     def ask(self, prompt: str) -> str:
-        """Reserve, measure, call, settle; then save the turn, in a transaction of its own.
+        """Reserve, measure, call, settle; then save the turn, in its own transaction.
 
         Nothing is sent if the call does not fit, if another thread is in a turn, or if
         `transaction` cannot begin. If the turn cannot be saved after all, that error propagates:

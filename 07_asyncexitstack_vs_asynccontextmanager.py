@@ -136,7 +136,7 @@ async def spawn(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
     """Run a child process with its stdin and stdout as pipes.
 
     When the block ends, the child's input ends, and it has `grace` seconds to exit. After that,
-    or at once if the block raises, it is killed. It runs in a session of its own, so Ctrl-C does
+    or at once if the block raises, it is killed. It runs in its own session, so Ctrl-C does
     not reach it: Ctrl-C ends the block, and the block ends the child.
 
     Raises OSError if the child cannot start. Raises TimeoutError if the start takes longer than
@@ -183,7 +183,7 @@ async def finish(cleanup: Coroutine[Any, Any, object], within: float = 10.0) -> 
     Raises what `cleanup` raises. Raises TimeoutError after `within` seconds: `cleanup` is then
     cancelled, and nobody waits for it any longer.
 
-    `cleanup` runs in a task of its own, in a copy of the caller's context. So it cannot reset the
+    `cleanup` runs in its own task, in a copy of the caller's context. So it cannot reset the
     caller's context variables, or exit an anyio cancel scope that the caller entered. An event
     loop that shuts down cancels it, like every other task.
     """
@@ -621,7 +621,7 @@ DEMOS = (
     demo_which_one,
 )
 KEY_POINTS = """\
-* Define each resource as a manager of its own. A stack holds any number of them.
+* Define each resource as its own manager. A stack holds any number of them.
 * Enter each resource on the stack as you open it, so that a failure closes what is open.
 * Close what you opened, and nothing that the caller opened.
 * Call `pop_all` last, once nothing in set-up can fail any more.

@@ -325,13 +325,13 @@ class _Connection:
     def __init__(self, deadline: float) -> None:
         self.client: Any = None
         self.scope = anyio.CancelScope(deadline=deadline)  # around the client: cuts it off
-        self.work = anyio.CancelScope()  # inside the client: has it end its session first
+        self.work = anyio.CancelScope()  # inside the client: it ends its session first
         self.died = False
         self.forgotten = False  # the service does not know our session any more
 
 
 class _Owner:
-    """Holds one server from start to end, in one task of its own.
+    """Holds one server from start to end, in its own task.
 
     A client's cancel scopes belong to the task that entered it, so no other may enter or leave it.
     Other tasks wait for `settled`, and ask for the end by `leave`.
@@ -487,7 +487,7 @@ class _Owner:
             raise ServerError(name, f"did not answer {what} within {limit:g} s") from None
 
     def end(self, connection: _Connection) -> None:
-        """Have the task leave a dead connection, unless it is leaving already."""
+        """Make the task leave a dead connection, unless it is leaving already."""
         if not (self.leaving or connection.scope.cancel_called):
             connection.died = True
             self.settled.clear()
@@ -497,7 +497,7 @@ class _Owner:
     async def transport(
         self, config: ServerConfig, connection: _Connection
     ) -> AsyncIterator[tuple[Any, Any]]:
-        """Open the way to a server outside; yield the streams to read and to write."""
+        """Connect to a child or a service; yield the streams to read and to write."""
 
         async def on_response(response: httpx2.Response) -> None:
             request = response.request
@@ -1069,7 +1069,7 @@ async def gathered(servers: Mapping[str, Any]) -> None:
 def demo_gather() -> None:
     """A client that another task enters
 
-    `gather` runs each coroutine in a task of its own. The task that enters a client must also
+    `gather` runs each coroutine in its own task. The task that enters a client must also
     exit it, because the client's cancel scope belongs to that task. `connect` gives every server
     an owner task, which enters the client, waits until the block ends, and exits the client.
     """

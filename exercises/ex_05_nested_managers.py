@@ -176,7 +176,7 @@ def shared_budget(
             with budget.reserve(Decimal("0.25")) as reservation:
                 reservation.settle(ask_a_model())
 
-    Each name in a ledger is a budget of its own. Opening it raises ValueError if the ledger has
+    Each name in a ledger is its own budget. Opening it raises ValueError if the ledger has
     another limit for this name. A relative path still means the same file after `os.chdir`.
     Amounts are exact in any decimal context: see `to_picodollars`.
 

@@ -45,7 +45,7 @@ async def connected(
 
 @asynccontextmanager
 async def owned(manager: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-    """Hold a manager in a task of its own
+    """Hold a manager in its own task
 
     An MCP client must be exited in the task that entered it. Therefore `gathered.py` in chapter
     06 fails. With `owned`, the same lines work, and the clients start side by side:

@@ -71,7 +71,7 @@ def server_process(command: Sequence[str], grace: float = 2.0) -> Iterator[subpr
     """Start a server, and leave no process behind
 
     The value of the block is the server, a `subprocess.Popen` in text mode, with pipes for stdin
-    and stdout, in a session of its own (so its pid is also the id of its process group):
+    and stdout, in its own session (so its pid is also the id of its process group):
 
         with server_process([sys.executable, "server.py"]) as server:
             print("hello", file=server.stdin, flush=True)

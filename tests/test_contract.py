@@ -1108,13 +1108,31 @@ def test_a_failure_shows_the_path_that_ran_and_a_remedy() -> None:
     assert "`finally`" in broken.remedy
 
 
-def test_a_remedy_names_a_demo_that_exists() -> None:
+# What the demo that a remedy names must be about: a word of its title.
+TITLES = {
+    (1, 1): "with",
+    (1, 3): "finally",
+    (1, 5): "Suppressing",
+    (1, 6): "contextmanager",
+    (2, 1): "closes",
+    (3, 4): "await",
+    (3, 5): "Served",
+    (3, 7): "await",
+    (4, 1): "global",
+    (4, 2): "reset",
+    (7, 1): "Set-up fails",
+    (7, 4): "failures",
+}
+
+
+def test_a_remedy_names_a_demo_about_its_subject() -> None:
     remedies = [value for value in vars(contract).values() if "(chapter" in str(value)]
     places = {(int(n), int(demo)) for text in remedies for n, demo in PLACE.findall(str(text))}
-    assert len(places) > 5
-    for number, demo in places:
-        demos = re.findall(r"(?m)^(?:async )?def demo_", chapter_path(number).read_text())
-        assert demo <= len(demos)
+    assert places == TITLES.keys()
+    for (number, demo), word in TITLES.items():
+        source = chapter_path(number).read_text(encoding="utf-8")
+        titles = re.findall(r'(?m)^(?:async )?def demo_\w+.*\n    """(.+)', source)
+        assert word in titles[demo - 1], titles
 
 
 PLACE = re.compile(r"\(chapter (\d+), demo (\d+)\)")

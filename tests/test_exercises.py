@@ -121,3 +121,5 @@ def test_its_hints_say_something(task: judging.Task) -> None:
     assert re.search(r"\b0\d_\w+\.(py|md)", task.lesson)
     for name in re.findall(r"\b0\d_\w+\.(?:py|md)", task.lesson):
         assert (ROOT / name).exists()
+        demos = re.findall(r"(?m)^(?:async )?def demo_", (ROOT / name).read_text(encoding="utf-8"))
+        assert all(int(n) <= len(demos) for n in re.findall(r"(?<= )\d+\b", task.lesson))

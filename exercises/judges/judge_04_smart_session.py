@@ -509,7 +509,7 @@ class Meeting:
 
 
 def judge_two_callers(answer: Any) -> None:
-    """Use one pool from two threads, each in a session of its own."""
+    """Use one pool from two threads, each in its own session."""
     meeting = Meeting(answer)
 
     def review(name: str) -> Any:
@@ -517,7 +517,7 @@ def judge_two_callers(answer: Any) -> None:
             answer.run_all(workers, meeting, [f"{name} 1", f"{name} 2"])
         return made
 
-    called = _("two threads, each in a session of its own, use run_all with the same four threads")
+    called = _("two threads, each in its own session, use run_all with the same four threads")
     with attempt(called), ThreadPoolExecutor(4) as workers, ThreadPoolExecutor(2) as callers:
         sessions = list(callers.map(review, ["first", "second"]))
     for session in sessions:

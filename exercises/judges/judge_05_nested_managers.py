@@ -689,7 +689,7 @@ def nobody_comes_between(
 
 
 def fork(work: Callable[[Tell], None]) -> tuple[int, TextIO]:
-    """Run `work(tell)` in a process of its own; return its id, and the lines that it tells."""
+    """Run `work(tell)` in its own process; return its id, and the lines that it tells."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the watchdog is a second thread

@@ -138,7 +138,7 @@ def judge_connected(answer: Any) -> None:
         with_fake_time(use_connected(answer, FakeClients(start=1, end=60)))
     for called, error in (
         (_("connected(open_client): the block raises ValueError"), value_error),
-        (_("connected(open_client): the block raises a TimeoutError of its own"), timeout_error),
+        (_("connected(open_client): the block raises its own TimeoutError"), timeout_error),
     ):
         with attempt(called, comes_out(error)):
             with_fake_time(use_connected(answer, FakeClients(start=1), raises=error))
@@ -232,7 +232,7 @@ async def start_too_long(answer: Any, clients: FakeClients) -> None:
 
 @task(
     "06.2",
-    _("Hold a manager in a task of its own"),
+    _("Hold a manager in its own task"),
     "owned",
     lesson="06_mcp_implementation.md#several-clients-one-owner-task-each",
     hint=_(
@@ -302,7 +302,7 @@ async def use_owned(answer: Any, raises: Exception | None = None) -> None:
     expected = _("one task enters the manager, and the same task exits it")
     expect(entered is exited, expected, _("one task enters it, and another one exits it"))
     own = asyncio.current_task()
-    expected = _("a task of its own enters the manager")
+    expected = _("its own task enters the manager")
     expect(entered is not own, expected, _("the task that uses `owned` enters it"))
 
 
@@ -807,7 +807,7 @@ async def two_clients(answer: Any) -> None:
         async with Client(answer.websocket_client(url)) as stays:
             async with Client(answer.websocket_client(url)) as leaves:
                 await count_books(leaves)
-            await count_books(stays)  # over stdio, too, each client has a lifespan of its own
+            await count_books(stays)  # over stdio, too, each client has its own lifespan
 
 
 async def lose_server(answer: Any, abruptly: bool) -> None:

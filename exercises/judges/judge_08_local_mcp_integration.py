@@ -283,7 +283,7 @@ def judge_server_process(answer: Any) -> None:
             deaf_server(answer, Path(folder))
         with attempt(_("a server that ignores SIGTERM, too; grace=0.05")):
             stubborn_server(answer, Path(folder))
-        with attempt(_("a good server that leaves a child of its own behind")):
+        with attempt(_("a good server that leaves a child behind")):
             server_with_child(answer, Path(folder))
         with attempt(_("a server that has died in the block"), _("no exception comes out")):
             dead_server(answer, Path(folder))
@@ -407,7 +407,7 @@ def good_server(answer: Any, folder: Path, error: BaseException | None) -> None:
             with start(answer, watch, script, 10.0) as server:
                 hear(server, watch)
                 own = os.getpgid(server.pid) == server.pid
-                expected = _("the server has a process group of its own")
+                expected = _("the server has its own process group")
                 expect(own, expected, _("it is in that of your program"))
                 if error:
                     raise error

@@ -106,7 +106,7 @@ class GeneratorManager(Generic[T]):
             self.gen.close()
 
     def __call__(self, function: Callable[P, Any]) -> Callable[P, Any]:
-        """Decorate a function: each call runs in a block of its own."""
+        """Decorate a function: each call runs in its own block."""
 
         @wraps(function)
         def inside(*args: P.args, **kwargs: P.kwargs) -> Any:

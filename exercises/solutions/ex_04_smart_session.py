@@ -126,7 +126,7 @@ class Outcome(Generic[R]):
 
 
 def run_job(name: str | None, function: Callable[[T], R], item: T) -> Outcome[R]:
-    """Run a job in a session of its own, in whichever thread or process this is."""
+    """Run a job in its own session, in whichever thread or process this is."""
     record = None if name is None else Session(name)
     with current(record):
         try:
@@ -138,7 +138,7 @@ def run_job(name: str | None, function: Callable[[T], R], item: T) -> Outcome[R]
 def run_all(executor: Executor, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Run a function for each item in the executor, and record the calls in the current session.
 
-    No process can append to a list of another one, so each job records into a session of its own,
+    No process can append to a list of another one, so each job records into its own session,
     which comes back as a part of the outcome, even with an error. Only this thread adds them to
     the caller's session, which makes threads and processes alike, and the order that of the items.
     """

@@ -36,7 +36,7 @@ async def connected(
 
 @asynccontextmanager
 async def owned(manager: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-    """Enter and exit a manager in a task of its own; yield its value.
+    """Enter and exit a manager in its own task; yield its value.
 
     The task does both and is awaited to its end, so neither a caller in another task nor a
     cancellation can separate the two. It is not in a TaskGroup, which would wrap exceptions and

@@ -18,7 +18,7 @@ Factory: TypeAlias = Callable[[], AbstractAsyncContextManager[Any]]
 class Connections:
     """Open one connection for each factory, and close them in reverse order.
 
-    If `__aenter__` raises, `__aexit__` is never called, so set-up needs a block of its own, whose
+    If `__aenter__` raises, `__aexit__` is never called, so set-up needs its own block, whose
     exits are moved out by `pop_all` only when nothing can fail any more. The exits get the
     exception of the block, and their answer is returned, as nested statements would do.
     """

@@ -64,7 +64,7 @@ async def connected(
 
 @contextmanager
 def server_process(command: Sequence[str], grace: float = 2.0) -> Iterator[subprocess.Popen[str]]:
-    """Start a server in a process group of its own, and end the whole group with the block.
+    """Start a server in its own process group, and end the whole group with the block.
 
     SIGKILL stands in a `finally` around the polite steps, so that no exception in them can skip
     it. It is sent before the server is reaped: until then, no other process can get its id.

@@ -104,7 +104,7 @@ def server_process(command, grace=2.0):
         server.wait()
 
 # %% 2 only the server is killed, not its children
-# called: leaves a child of its own behind
+# called: leaves a child behind
 # says: its child still runs
 @contextmanager
 def server_process(command, grace=2.0):
