@@ -385,10 +385,15 @@ def judge(task: Task, answer: Path) -> Report:
     finally:
         if child.returncode is None:  # subtle: a number that was waited for may be reused
             kill_all(child)
+    return report_of(out, printed, child.returncode)
+
+
+def report_of(out: str, printed: str, status: int) -> Report:
+    """Return the report that a process wrote, or say how it ended without one."""
     try:
         report = Report(**json.loads(out))
     except ValueError:
-        happened = _("the process ended with status {status}").format(status=child.returncode)
+        happened = _("the process ended with status {status}").format(status=status)
         report = Report(False, _("run the file"), _("the process goes on"), happened)
     report.printed = re.sub(r"\n{2,}", "\n", printed).strip()[-2000:]
     return report

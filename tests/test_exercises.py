@@ -7,6 +7,7 @@ chapter; each has the words that its report must say.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import judging
 import pytest
 from conftest import ROOT
+from fork_judge import Forks, start_forks
 
 FILES = sorted((ROOT / "exercises").glob("ex_*.py"))
 WRONG = Path(__file__).parent / "wrong_answers"
@@ -54,6 +56,12 @@ def solution(task: judging.Task) -> Path:
     return ROOT / "exercises" / "solutions" / shipped(task).name
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with start_forks() as forks:
+        yield forks
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_as_shipped_it_fails_and_says_why(task: judging.Task) -> None:
     report = judging.judge(task, shipped(task))
@@ -65,17 +73,18 @@ def test_as_shipped_it_fails_and_says_why(task: judging.Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_its_solution_passes(task: judging.Task) -> None:
-    report = judging.judge(task, solution(task))
+def test_its_solution_passes(task: judging.Task, forks: Forks, tmp_path: Path) -> None:
+    answer = Path(shutil.copy(solution(task), tmp_path / "answer.py"))
+    report = forks.judge(task, answer)
     assert report.solved, report
 
 
 @pytest.mark.parametrize("wrong", WRONG_ANSWERS, ids=lambda wrong: f"{wrong.task} {wrong.title}")
-def test_a_wrong_answer_is_told_its_cause(wrong: WrongAnswer, tmp_path: Path) -> None:
+def test_a_wrong_answer_is_told_its_cause(wrong: WrongAnswer, forks: Forks, tmp_path: Path) -> None:
     task = TASKS[wrong.task]
     answer = tmp_path / "answer.py"
     answer.write_text(solution(task).read_text() + "\n\n" + wrong.code)
-    report = judging.judge(task, answer)
+    report = forks.judge(task, answer)
     assert not report.solved
     assert wrong.called in report.called
     assert wrong.says in report.happened
