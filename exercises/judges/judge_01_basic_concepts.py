@@ -191,7 +191,12 @@ def judge_my_contextmanager(answer: Any) -> None:
             finally:
                 held.remove(hold)
 
-        return Subject(open=hold, leaks=lambda: held)
+        return Subject(
+            open=hold,
+            leaks=lambda: held,
+            setup_faults="it only appends to a list",
+            cleanup_faults="it only removes from a list",
+        )
 
     keep_contract(subject)
 

@@ -128,6 +128,8 @@ def judge_turn(answer: Any) -> None:
             use=lambda pieces: pieces.append("Monday."),
             nestable=False,
             concurrent=False,
+            setup_faults="it only reads a list",
+            cleanup_faults="it only changes a list",
         )
 
     keep_contract(subject)
@@ -321,7 +323,13 @@ def judge_billed(answer: Any) -> None:
             with suppress(StopIteration):
                 next(texts)
 
-        return Subject(open=open_one, leaks=leaks, use=use, cleanup_faults=[closing_fails])
+        return Subject(
+            open=open_one,
+            leaks=leaks,
+            use=use,
+            cleanup_faults=[closing_fails],
+            setup_faults="it only keeps the stream",
+        )
 
     keep_contract(subject)
 
@@ -421,6 +429,8 @@ def judge_conversation(answer: Any) -> None:
                 use=lambda talk: talk.ask(prompt_of(1)),
                 closed_error=answer.ConversationClosedError,
                 visible=False,  # it need not keep a file open
+                setup_faults="judged with other files above",
+                cleanup_faults="it closes a file at most",
             )
 
         keep_contract(subject)

@@ -257,7 +257,12 @@ def judge_background(answer: Any) -> None:
                 await asyncio.sleep(0)
                 yield beating
 
-        return Subject(open=beside, leaks=lambda: running)
+        return Subject(
+            open=beside,
+            leaks=lambda: running,
+            setup_faults="starting a task cannot fail",
+            cleanup_faults="the task ends by its cancellation",
+        )
 
     keep_contract(subject)
 
@@ -368,7 +373,12 @@ def judge_priority_pool(answer: Any) -> None:
 
     def subject() -> Subject:
         pool = answer.PriorityPool("ABCD")
-        return Subject(open=pool.acquire, leaks=lambda: missing(pool, "ABCD"))
+        return Subject(
+            open=pool.acquire,
+            leaks=lambda: missing(pool, "ABCD"),
+            setup_faults="waiting fails only by cancellation",
+            cleanup_faults="giving a device back cannot fail",
+        )
 
     keep_contract(subject)
     for seed in range(STORMS):

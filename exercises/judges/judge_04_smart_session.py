@@ -140,7 +140,12 @@ def judge_acting_as(answer: Any) -> None:
         def leaks() -> object:
             return role() != "visitor" and _("the role {role}").format(role=repr(role()))
 
-        return Subject(open=lambda: as_admin, leaks=leaks)
+        return Subject(
+            open=lambda: as_admin,
+            leaks=leaks,
+            setup_faults="setting a variable cannot fail",
+            cleanup_faults="resetting it cannot fail",
+        )
 
     keep_contract(subject)
 
@@ -267,7 +272,12 @@ def judge_log_fields(answer: Any) -> None:
             left = answer.current_fields()
             return left and _("the fields {fields}").format(fields=left)
 
-        return Subject(open=lambda: answer.log_fields(request=7), leaks=leaks)
+        return Subject(
+            open=lambda: answer.log_fields(request=7),
+            leaks=leaks,
+            setup_faults="setting a variable cannot fail",
+            cleanup_faults="resetting it cannot fail",
+        )
 
     keep_contract(subject)
 
@@ -345,7 +355,12 @@ def judge_run_all(answer: Any) -> None:
             here = answer.current_session()
             return here and _("the session {name} is current").format(name=here.name)
 
-        return Subject(open=lambda: answer.session("review"), leaks=leaks)
+        return Subject(
+            open=lambda: answer.session("review"),
+            leaks=leaks,
+            setup_faults="setting a variable cannot fail",
+            cleanup_faults="resetting it cannot fail",
+        )
 
     keep_contract(subject)
 

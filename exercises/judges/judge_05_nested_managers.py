@@ -92,6 +92,8 @@ def judge_paid_from(answer: Any) -> None:
             open=lambda: answer.paid_from(wallet, 20),
             leaks=lambda: wallet.reserved and f"{wallet.reserved} cents reserved",
             concurrent=False,  # asyncio tasks, one thread
+            setup_faults="a refused reservation is judged above",
+            cleanup_faults="it only adds and subtracts",
         )
 
     keep_contract(subject)
@@ -250,6 +252,8 @@ def judge_step(answer: Any) -> None:
             leaks=leaks,
             concurrent=False,  # one thread
             visible=False,
+            setup_faults="it only reads a clock",
+            cleanup_faults="it only reads a clock",
         )
 
     keep_contract(subject)

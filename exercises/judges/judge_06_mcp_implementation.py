@@ -922,6 +922,8 @@ def judge_transport_contract(answer: Any) -> None:
             open=open_streams,
             leaks=lambda: [each for socket in sockets for each in socket.readers],
             use=let_it_begin,
+            setup_faults="it only starts tasks",
+            cleanup_faults="it only cancels its tasks",
         )
 
     keep_contract(subject)

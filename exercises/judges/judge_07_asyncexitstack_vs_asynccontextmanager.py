@@ -256,7 +256,12 @@ def judge_cleanups(answer: Any) -> None:
             yield
             fails.clear()
 
-        return Subject(open=two, leaks=lambda: held, cleanup_faults=[fault])
+        return Subject(
+            open=two,
+            leaks=lambda: held,
+            cleanup_faults=[fault],
+            setup_faults="a new stack holds nothing that can fail",
+        )
 
     keep_contract(subject)
 
@@ -417,7 +422,12 @@ def judge_exit_stacks(answer: Any) -> None:
             fails.clear()
 
         manager: Any = on_async_stack if asynchronous else on_stack
-        return Subject(open=manager, leaks=lambda: held, cleanup_faults=[fault])
+        return Subject(
+            open=manager,
+            leaks=lambda: held,
+            cleanup_faults=[fault],
+            setup_faults="a new stack holds nothing that can fail",
+        )
 
     keep_contract(lambda: subject(asynchronous=False))
     found = hasattr(answer, "MyAsyncExitStack")

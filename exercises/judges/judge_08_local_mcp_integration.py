@@ -309,7 +309,9 @@ def judge_server_process(answer: Any) -> None:
             open=one,
             leaks=lambda: ["a server still runs" for each in started if each.returncode is None],
             use=talk,
-            closed_error=ValueError,  # of a closed pipe
+            closed_error=ValueError,
+            setup_faults="a program that cannot start leaves no process",
+            cleanup_faults="servers that do not end are judged above",  # of a closed pipe
         )
 
     keep_contract(subject)
@@ -662,6 +664,7 @@ def judge_supervised(answer: Any) -> None:
             use=lambda call: call("add"),
             closed_error=answer.GaveUpError,
             setup_faults=[lambda: fail_starts(world)],
+            cleanup_faults="lost servers are judged above",
         )
 
     keep_contract(subject)

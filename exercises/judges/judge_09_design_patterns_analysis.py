@@ -581,6 +581,7 @@ def judge_exclusive(answer: Any, files: Files) -> None:
             setup_faults=[no_folder],
             nestable=False,
             concurrent=False,
+            cleanup_faults="it only deletes the file that it made",
         )
     )
 
