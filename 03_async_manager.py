@@ -131,38 +131,43 @@ async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
     """
     # subtle: by default CUDA numbers the fastest device first, but NVML goes by the PCI bus
     env = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
+    started: list[Process] = []
+    try:
+        # subtle: cancelled twice, asyncio forgets a child that it is starting
+        await finish(start_process(started, command, env))
+        yield started[0]
+    finally:
+        for process in started:
+            kill_group(process)
+            # subtle: wait() alone leaves a full pipe open, or hangs on it
+            await finish(process.communicate())
+
+
+async def start_process(
+    started: list[Process], command: Iterable[str], env: Mapping[str, str]
+) -> None:
+    """Start a child process in a session of its own, and add it to `started`."""
     starting = asyncio.create_subprocess_exec(
         *command, env=env, stdin=DEVNULL, stdout=PIPE, start_new_session=True
     )
     start = asyncio.create_task(starting)
     try:
-        # subtle: `await start` would pass a cancellation on to it. Cancelled twice, asyncio
-        # forgets a child that it is starting.
         await asyncio.wait([start])
-        yield start.result()
-    finally:
-        # subtle: a callback runs even if the loop shuts down and cancels `reap`
-        start.add_done_callback(kill_group)
-        await finish(reap(start))
+    except asyncio.CancelledError:
+        # subtle: only a loop that shuts down gets here. It has cancelled `start`, too. In the
+        # middle of a start, asyncio then waits for ever, until it is cancelled a second time.
+        await asyncio.sleep(0)
+        start.cancel()
+    started.append(await start)
 
 
-def kill_group(start: asyncio.Task[Process]) -> None:
-    """Kill a child process, if it could be started, and all others in its process group."""
-    if start.cancelled() or start.exception():
-        return
-    process = start.result()
+def kill_group(process: Process) -> None:
+    """Kill a child process, and all others in its process group."""
     with suppress(ProcessLookupError, PermissionError):  # all are dead; the latter: on macOS
         if sys.platform == "win32":
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-async def reap(start: asyncio.Task[Process]) -> None:
-    if start.cancelling():  # subtle: a loop that shuts down in mid-start would wait here for ever
-        start.cancel()
-    process = await start
-    await process.communicate()  # subtle: wait() alone leaves a full pipe open, or hangs on it
 
 
 class PoolClosedError(RuntimeError):
