@@ -1,10 +1,9 @@
-"""Press Ctrl-C at an exact place: while a script prints its n-th line of a kind.
+"""Press Ctrl-C at an exact place: half-way through a demo that is played for the second time.
 
-    python tests/interrupting.py KIND LINE SCRIPT [ARGUMENT ...]
+    python tests/interrupting.py SCRIPT DEMO ... DEMO
 
-plays the script, and raises SIGINT as it completes the LINE-th line, counted from 0. KIND is
-`brackets`, for lines that stand behind the bar of an open bracket, or `all`. No clock is involved,
-so it is the same place in every run.
+The first time shows how many lines the demo prints, in brackets if it draws any; so the place is
+the same in every run and language, and no clock is involved.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import threading
 from typing import TextIO
 
 BARS = r"(?:│ )*"
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 
 
 def lines_in_brackets(text: str) -> list[str]:
@@ -38,33 +39,43 @@ def all_lines(text: str) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.strip() and line[-1] == "\n"]
 
 
-KINDS = {"brackets": lines_in_brackets, "all": all_lines}
-
-
 class Interrupting(io.StringIO):
-    """A text file that raises SIGINT once, when the n-th line of a kind is complete."""
+    """A text file that raises SIGINT once, at `part` of what a demo showed the first time."""
 
-    def __init__(self, kind: str, nth: int, echo: TextIO | None = None) -> None:
+    def __init__(self, part: float, echo: TextIO | None = None) -> None:
         super().__init__()
-        self.lines = KINDS[kind]
-        self.nth = nth
+        self.part = part
         self.echo = echo
+        self.title = self.demo = ""  # what the current demo has shown
+        self.earlier: dict[str, str] = {}  # by title, what each other demo has shown
         self.struck = False
+
+    def isatty(self) -> bool:
+        return self.echo is not None and self.echo.isatty()
 
     def write(self, text: str, /) -> int:
         written = super().write(text)
         if self.echo is not None:
             self.echo.write(text)
+        shown = ESCAPE.sub("", text)
+        if title := TITLE.match(shown):
+            self.earlier[self.title] = self.demo
+            self.title, self.demo = title[0], ""
+        self.demo += shown
         # subtle: Python handles signals in the main thread alone, at whatever it does there.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        reached = not self.struck and len(self.lines(self.getvalue())) > self.nth
-        if in_main_thread and reached:
+        if in_main_thread and not self.struck and self.reached():
             self.struck = True
             signal.raise_signal(signal.SIGINT)
         return written
 
+    def reached(self) -> bool:
+        earlier = self.earlier.get(self.title, "")
+        lines = lines_in_brackets if lines_in_brackets(earlier) else all_lines
+        return bool(earlier) and len(lines(self.demo)) > self.part * len(lines(earlier))
+
 
 if __name__ == "__main__":
-    _name, kind, nth, *sys.argv = sys.argv
-    sys.stdout = Interrupting(kind, int(nth), echo=sys.stdout)
+    _name, *sys.argv = sys.argv
+    sys.stdout = Interrupting(0.5, echo=sys.stdout)
     runpy.run_path(sys.argv[0], run_name="__main__")

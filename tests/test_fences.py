@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fences import Run, find_fences, main, python_looking, rewrite, run_chapter
+from fences import Played, find_fences, main, python_looking, rewrite, run_chapter
 from sybil.example import SybilFailure
+
+
+def play(folder: Path, text: str) -> Played:
+    return run_chapter(page(folder, text), folder)
 
 
 def page(folder: Path, text: str) -> Path:
@@ -17,20 +21,24 @@ def page(folder: Path, text: str) -> Path:
     return path
 
 
+def python(code: str, shown: str | None = None) -> str:
+    """A fence, and below it what it prints."""
+    return f"```python\n{code}\n```\n\n" + (f"```text\n{shown}\n```\n\n" if shown else "")
+
+
 def test_fences_share_a_namespace_and_may_await(tmp_path: Path) -> None:
-    text = "```python\nimport asyncio\nx = await asyncio.sleep(0, 41)\n```\n\n"
-    text += "```python\nprint(x + 1)\n```\n\n```text\n42\n```\n"
-    played = run_chapter(page(tmp_path, text), tmp_path)
+    text = python("import asyncio\nx = await asyncio.sleep(0, 41)") + python("print(x + 1)", "42")
+    played = play(tmp_path, text)
     assert (played.run, played.skipped) == (2, 0)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "# One\n\n```python\nprint(1)\n```\n\n```text\n2\n```\n",
-        "# One\n\n```python\nprint(1)\n```\n",
-        "# One\n\n```python\npass\n```\n\n```text\n2\n```\n",
-        "# One\n\n```python\nprint(1)\n```\n\nIt prints:\n\n```text\n1\n```\n",
+        python("print(1)", "2"),
+        python("print(1)"),
+        python("pass", "2"),
+        python("print(1)") + "It prints:\n\n```text\n1\n```\n",
     ],
     ids=["other output", "undeclared output", "missing output", "output not directly below"],
 )
@@ -38,23 +46,22 @@ def test_output_other_than_the_page_says_fails_and_names_the_line(
     tmp_path: Path, text: str
 ) -> None:
     with pytest.raises(SybilFailure, match=r"page\.md:4 does not print what the page says"):
-        run_chapter(page(tmp_path, text), tmp_path)
+        play(tmp_path, "# One\n\n" + text)
 
 
 def test_only_what_must_vary_may_vary(tmp_path: Path) -> None:
-    text = "```python\nprint('took 3.25 ms, pid 77, http://127.0.0.1:8000/x, 5 calls')\n```\n"
-    shown = "\n```text\ntook  0.1 ms, pid 12345, http://127.0.0.1:1/x, 5 calls\n```\n"
-    run_chapter(page(tmp_path, text + shown), tmp_path)
+    code = "print('took 3.25 ms, pid 77, http://127.0.0.1:8000/x, 5 calls')"
+    shown = "took  0.1 ms, pid 12345, http://127.0.0.1:1/x, 5 calls"
+    play(tmp_path, python(code, shown))
     with pytest.raises(SybilFailure):
-        run_chapter(page(tmp_path, text + shown.replace("5 calls", "6 calls")), tmp_path)
+        play(tmp_path, python(code, shown.replace("5 calls", "6 calls")))
 
 
 def test_a_fence_that_raises_names_its_place_and_the_line_in_the_page(tmp_path: Path) -> None:
-    path = page(tmp_path, "# One\n\n```python\nx = 1\nx / 0\n```\n")
     with pytest.raises(ZeroDivisionError) as caught:
-        run_chapter(path, tmp_path)
+        play(tmp_path, "# One\n\n" + python("x = 1\nx / 0"))
     assert caught.value.__notes__ == ["page.md:4 raised; it had printed:\n"]
-    assert caught.traceback[-1].path == path
+    assert caught.traceback[-1].path == tmp_path / "page.md"
     assert caught.traceback[-1].lineno + 1 == 5
 
 
@@ -68,29 +75,28 @@ def test_a_fence_that_sybil_would_ignore_in_silence_is_an_error(tmp_path: Path, 
 
 
 def test_a_fence_that_is_a_file_can_be_imported_and_run_as_a_program(tmp_path: Path) -> None:
-    text = "```python\n# greeting.py\nword = 'hello'\nif __name__ == '__main__':\n"
-    text += "    print('alone')\n```\n\n"
-    text += "```python\nimport greeting, subprocess, sys\nprint(greeting.word)\n"
-    text += "print(subprocess.check_output([sys.executable, 'greeting.py'], text=True), end='')\n"
-    text += "```\n\n```text\nhello\nalone\n```\n"
-    run_chapter(page(tmp_path, text), tmp_path)
+    file = "# greeting.py\nword = 'hello'\nif __name__ == '__main__':\n    print('alone')"
+    use = "import greeting, subprocess, sys\nprint(greeting.word)\n"
+    use += "print(subprocess.check_output([sys.executable, 'greeting.py'], text=True), end='')"
+    play(tmp_path, python(file) + python(use, "hello\nalone"))
     assert "greeting" not in sys.modules
 
 
-PROGRAM = "```python\n# hello.py\nprint('hello')\n```\n\n```bash\npython hello.py\n```\n\n```text\n"
+PROGRAM = python("# hello.py\nprint('hello')") + "```bash\npython hello.py\n```\n\n```text\n"
 
 
 def test_a_command_that_runs_a_file_of_the_page_is_compared_too(tmp_path: Path) -> None:
-    silent = PROGRAM.replace("print('hello')", "if __name__ == '__main__':\n    print('hello')")
-    played = run_chapter(page(tmp_path, silent + "hello\n```\n"), tmp_path)
+    arguments = "if __name__ == '__main__':\n    import sys\n    print('hello', sys.argv)"
+    program = PROGRAM.replace("print('hello')", arguments)
+    played = play(tmp_path, program + "hello ['hello.py']\n```\n")
     assert (played.run, len(played.fences)) == (2, 2)
-    with pytest.raises(SybilFailure, match=r"page\.md:8 does not print what the page says"):
-        run_chapter(page(tmp_path, silent + "goodbye\n```\n"), tmp_path)
+    with pytest.raises(SybilFailure, match=r"page\.md:9 does not print what the page says"):
+        play(tmp_path, program + "goodbye\n```\n")
 
 
 def test_extracting_writes_the_files_and_one_program_of_all_other_fences(tmp_path: Path) -> None:
-    text = PROGRAM + "hello\n```\n\n```python\nimport asyncio\n\nword = 'one'\n```\n"
-    text += "\n```python\nimport hello\n\nawait asyncio.sleep(0)\nprint(word)\n```\n"
+    text = PROGRAM + "hello\n```\n\n" + python("import asyncio\n\nword = 'one'")
+    text += python("import hello\n\nawait asyncio.sleep(0)\nprint(word)")
     folder = tmp_path / "new" / "folder"
     assert main(["--extract", str(folder), str(page(tmp_path, text))]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["blocks.py", "hello.py"]
@@ -99,18 +105,18 @@ def test_extracting_writes_the_files_and_one_program_of_all_other_fences(tmp_pat
 
 
 def test_a_fence_that_is_not_run_is_counted_and_still_compiled(tmp_path: Path) -> None:
-    text = "<!-- not run: needs a GPU -->\n```python\n1 / 0\n```\n"
-    played = run_chapter(page(tmp_path, text), tmp_path)
+    comment = "<!-- not run: needs a GPU -->\n"
+    played = play(tmp_path, comment + python("1 / 0"))
     assert (played.run, played.skipped) == (0, 1)
     with pytest.raises(SyntaxError):
-        run_chapter(page(tmp_path, text.replace("1 / 0", "1 /")), tmp_path)
+        play(tmp_path, comment + python("1 /"))
 
 
 def test_an_error_that_asyncio_only_logs_fails_the_chapter(tmp_path: Path) -> None:
-    text = "```python\nimport asyncio\nasync def fail(): 1 / 0\n"
-    text += "task = asyncio.create_task(fail())\nawait asyncio.sleep(0)\ndel task\n```\n"
+    code = "import asyncio\nasync def fail(): 1 / 0\n"
+    code += "task = asyncio.create_task(fail())\nawait asyncio.sleep(0)\ndel task"
     with pytest.raises(AssertionError, match="Task exception was never retrieved"):
-        run_chapter(page(tmp_path, text), tmp_path)
+        play(tmp_path, python(code))
 
 
 def test_a_fence_that_awaits_for_ever_is_ended(
@@ -118,24 +124,19 @@ def test_a_fence_that_awaits_for_ever_is_ended(
 ) -> None:
     monkeypatch.setattr("fences.LIMIT", 0.01)
     with pytest.raises(TimeoutError):
-        run_chapter(
-            page(tmp_path, "```python\nimport asyncio\nawait asyncio.Event().wait()\n```\n"),
-            tmp_path,
-        )
+        play(tmp_path, python("import asyncio\nawait asyncio.Event().wait()"))
 
 
 def test_rewriting_takes_what_was_printed_into_the_page(tmp_path: Path) -> None:
-    text = "```python\nprint(1)\n```\n\n```text\n```\n\n```python\nprint('3 ms')\n```\n\n"
-    path = page(tmp_path, text + "```text\n4 ms\n```\n")
+    kept = python("print('3 ms')", "4 ms")  # equal but for what varies: left alone
+    path = page(tmp_path, python("print(1)") + "```text\n```\n\n" + kept)
     assert rewrite(path, tmp_path) == 1
-    assert "```text\n1\n```" in path.read_text()
-    assert "```text\n4 ms\n```" in path.read_text()  # equal but for what varies: left alone
+    assert path.read_text(encoding="utf-8") == python("print(1)", "1") + kept
     run_chapter(path, tmp_path)
 
 
 def test_a_run_leaves_the_modules_as_they_were(tmp_path: Path) -> None:
     before = dict(sys.modules)
-    path = page(tmp_path, "```python\n# sybil.py\n```\n")
     with pytest.raises(AssertionError, match="sybil is a module already"):
-        Run(path, tmp_path).play(lambda fence, printed: None)
+        play(tmp_path, python("# sybil.py"))
     assert dict(sys.modules) == before

@@ -32,7 +32,7 @@ import inspect
 import io
 import logging
 import re
-import subprocess
+import runpy
 import sys
 import tempfile
 import textwrap
@@ -41,6 +41,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
@@ -199,15 +200,14 @@ class Run:
 
     def _outcome(self, fence: Fence) -> str:
         """Run one fence; return what it printed."""
-        if fence.program:
-            self.printed[fence] = self._run_program(fence.program)
-            return self.printed[fence]
-        code = self._compiled(fence)
+        code = None if fence.program else self._compiled(fence)
         if fence.reason is not None:
             return fence.expected or ""
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             try:
-                if fence.file:
+                if code is None:
+                    self._run_program(fence)
+                elif fence.file:
                     self._save(fence, code)
                 else:
                     self._execute(code, self._main)
@@ -217,11 +217,11 @@ class Run:
         self.printed[fence] = stdout.getvalue()
         return self.printed[fence]
 
-    def _run_program(self, name: str) -> str:
-        command = [sys.executable, name]
-        return subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT
-        ).stdout
+    def _run_program(self, fence: Fence) -> None:
+        """Run a saved file from the top, in this process, which has imported what it needs."""
+        assert fence.program is not None
+        with mock.patch.object(sys, "argv", [fence.program]):
+            runpy.run_path(fence.program, run_name="__main__")
 
     def _compiled(self, fence: Fence) -> types.CodeType:
         padded = "\n" * (fence.line - 1) + fence.source  # so that a traceback names the page's line
