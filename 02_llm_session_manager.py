@@ -229,8 +229,8 @@ def open_journal(path: str | Path) -> Iterator[sqlite3.Connection]:
     """
     with ExitStack() as stack:
         try:
-            journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            stack.enter_context(closing(journal))
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            journal = stack.enter_context(closing(connection))
             prepare(journal, Path(path))
         except sqlite3.Error as error:
             raise JournalError(f"{path} cannot be used: {error}") from error

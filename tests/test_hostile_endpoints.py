@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 from conftest import load_chapter
@@ -53,38 +54,43 @@ BELIEVED = {  # these answers are good enough
 }
 
 
+class Handler(BaseHTTPRequestHandler):
+    """The first part of a path is the name of an endpoint."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        status, kind, body = ENDPOINTS[unquote(self.path.split("/")[1])]
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body.encode())))
+        self.send_header("retry-after-ms", "1")
+        if status == 307:
+            self.send_header("location", self.path)
+        self.end_headers()
+        with suppress(ConnectionError):  # a client may have gone away
+            self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[[int, str, str], str]]:
-    """Start servers on loopback; stop them after the test."""
-    servers = []
-
-    def start(status: int, kind: str, body: str) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
-                self.send_response(status)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(body.encode())))
-                self.send_header("retry-after-ms", "1")
-                if status == 307:
-                    self.send_header("location", self.path)
-                self.end_headers()
-                with suppress(ConnectionError):  # a client may have gone away
-                    self.wfile.write(body.encode())
-
-            def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+def server() -> Iterator[str]:
+    """The address of all endpoints. One thread serves them, so that nothing outlives its end."""
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.005})
         thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{server.server_port}/v1"
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
 
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+
+@pytest.fixture(autouse=True)
+def quick_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that load no certificates, which loopback does not need, and try again at once."""
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *args, **files: None)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
 
 
 def play(number: int, url: str, monkeypatch: pytest.MonkeyPatch, key: str = KEY) -> int:
@@ -106,11 +112,11 @@ def play(number: int, url: str, monkeypatch: pytest.MonkeyPatch, key: str = KEY)
 def test_a_broken_endpoint_ends_a_script_with_one_line(
     name: str,
     number: int,
-    serve: Callable[[int, str, str], str],
+    server: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status = play(number, serve(*ENDPOINTS[name]), monkeypatch)
+    status = play(number, f"{server}/{quote(name)}", monkeypatch)
     shown = capsys.readouterr()
     if (name, number) in BELIEVED:
         assert (status, shown.err) == (0, "")
