@@ -574,6 +574,9 @@ def demo_kill() -> None:
     does `os._exit`. This lock then blocks the next run; a draft of `atomic_write` does no harm.
     (A negative exit status is minus the number of the signal that killed the process.)
     """
+    if sys.platform == "win32":
+        say(_("Windows has no such signals: run this demo on Linux or macOS."))
+        return
     show_code(careful_lock)
     question(_("A child process ends inside this lock, in five ways. Which of them clean up?"))
     table = Table(_("the block runs"), _("exit status"), _("left in the folder"))

@@ -124,10 +124,10 @@ def discover_gpus() -> list[GPU]:
 async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
     """Run a child process that sees `gpu` as its only device, and kill it when the block ends.
 
-    Its output is piped. It leads its own session: Ctrl-C does not reach it, and all processes
-    in its process group are killed with it. Raises OSError if the command cannot be started, and
-    TimeoutError if a process outside the group holds its output open for 10 s after that. No other
-    task may be reading the output when the block ends.
+    Its output is piped. It leads its own session (not on Windows): Ctrl-C does not reach it, and
+    all processes in its process group are killed with it. Raises OSError if the command cannot be
+    started, and TimeoutError if a process outside the group holds its output open for 10 s after
+    that. No other task may be reading the output when the block ends.
     """
     # subtle: by default CUDA numbers the fastest device first, but NVML goes by the PCI bus
     env = os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu.index)}
