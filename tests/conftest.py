@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,36 +84,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 # --- What the contract did, in one line ---
 
-judged: list[tuple[list[str], int, int]] = []  # of each process: managers, ways, cancellations
+judged: list[tuple[list[str], dict[str, int]]] = []  # of each process: managers, and its counts
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Count what this process did; a worker of pytest-xdist sends it to the main process."""
     contract = sys.modules.get("contract")
-    counts = (
-        (sorted(contract.managers), contract.played, contract.points) if contract else ([], 0, 0)
-    )
-    judged.append(counts)
+    did = (sorted(contract.managers), dict(contract.counts)) if contract else ([], {})
+    judged.append(did)
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["contract"] = counts
+        session.config.workeroutput["contract"] = did
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Receive what a worker did."""
-    judged.append(getattr(node, "workeroutput", {}).get("contract", ([], 0, 0)))
+    judged.append(getattr(node, "workeroutput", {}).get("contract", ([], {})))
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     """Print how much the cleanup contract and the judges of the exercises tried."""
-    managers = {name for names, _ways, _points in judged for name in names}
+    managers = {name for names, _counts in judged for name in names}
     if managers:
-        ways = sum(ways for _names, ways, _points in judged)
-        points = sum(points for _names, _ways, points in judged)
+        total = sum((Counter(counts) for _names, counts in judged), Counter())
         left = "nothing" if exitstatus == 0 else "see the failures"
         terminalreporter.write_line(
-            f"cleanup contract: {len(managers)} managers, {ways:,} ways out of a block, "
-            f"cancelled at {points:,} places; left behind: {left}"
+            f"cleanup contract: {len(managers)} managers, {total['ways']:,} ways out of a block, "
+            f"{total['points']:,} injection points ({total['cancellations']:,} of them "
+            f"cancellations at an await); left behind: {left}"
         )
     passed = [report.nodeid for report in terminalreporter.stats.get("passed", [])]
     wrong = sum("test_a_wrong_answer_is_told_its_cause" in name for name in passed)

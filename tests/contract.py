@@ -8,10 +8,12 @@ these ways, then asks your oracle whether anything leaked. Describe your manager
     def subject() -> Subject:
         pool = Pool(size=4)
         return Subject(
-            open=pool.acquire,                           # a new manager at each call
+            open=pool.acquire,                     # a new manager at each call
             leaks=lambda: pool.in_use and f"{pool.in_use} connections still taken",
             use=lambda connection: connection.execute("select 1"),
-            closed_error=ConnectionReturnedError,        # what `use` raises after the block
+            closed_error=ConnectionReturnedError,  # what `use` raises after the block
+            setup_faults=[lambda: mock.patch.object(pool, "size", 0)],  # then entering must fail
+            cleanup_faults="it only counts: nothing in it can fail",
         )
 
 Then hold it to every way, each one a test of its own, with a new pool:
@@ -32,7 +34,11 @@ What is demanded: afterwards nothing is left; what the body raised comes out as 
 object; a failure of cleanup comes out too, and does not hide the body's. (After `async with`, the
 event loop may turn ten times before the oracle is asked: a transport closes its socket so.) While
 a block is open, the oracle must see something: one that never does proves nothing.
-A way that your Subject gives no means to try (no faults, no `use`) raises unittest.SkipTest.
+A way that your Subject gives no means to try (no `use`, words for faults) raises SkipTest.
+
+`counts` says how much was tried. An injection point is one interruption of a manager: an
+exception raised in the body of its block, a fault of its set-up or cleanup, or a cancellation at
+an await (of two in one block, each).
 
 Left out: signals between two bytecodes, os._exit and kill -9 (nothing in the process survives
 these), and real time (there is no sleep in here, and no timing; only a limit for what hangs).
@@ -41,8 +47,10 @@ these), and real time (there is no sleep in here, and no timing; only a limit fo
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import contextvars
+import faulthandler
 import functools
 import importlib.util
 import inspect
@@ -55,7 +63,6 @@ import traceback
 import types
 import unittest
 from collections.abc import (
-    AsyncGenerator,
     Awaitable,
     Callable,
     Coroutine,
@@ -76,6 +83,7 @@ Body = Callable[[Any], Awaitable[None]]
 
 MOST_SUSPENSIONS = 2000  # more awaits than this are taken for a loop that will never end
 PATIENCE = 10.0  # seconds until something that waits is taken for something that hangs
+GIVE_UP = 120.0  # seconds until `main` ends the process, if a way cannot be interrupted
 THREAD = "contract"  # the name of the contract's own threads
 SETTLING = 10  # turns of the event loop in which closed transports let go of their sockets
 
@@ -110,12 +118,10 @@ class Hang(BaseException):
 
 
 class Defect(Exception):
-    """A manager broke the contract; a way turns this into an AssertionError with its name."""
+    """The manager broke the contract; a way turns this into an AssertionError with its name."""
 
-    def __init__(self, manager: object, what: str, remedy: str = "") -> None:
-        # The generator below @contextmanager says more than the class that it was wrapped in.
-        named = getattr(manager, "gen", None) or type(manager)
-        super().__init__(f"{named.__qualname__} {what}")
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{name_of(Run.manager)} {what}")
         self.remedy = remedy
 
 
@@ -150,13 +156,22 @@ def verdicts(
 
 def ways_for(subject: Subject) -> tuple[Way, ...]:
     """Return the ways out of the kind of block that the subject opens."""
+    is_async = isinstance(first_of(subject.open), AbstractAsyncContextManager)
+    return ASYNC_WAYS if is_async else SYNC_WAYS
 
-    async def look() -> bool:
-        manager = subject.open()
-        await leave(manager, do_nothing)  # it may have acquired something already
-        return isinstance(manager, AbstractAsyncContextManager)
 
-    return ASYNC_WAYS if asyncio.run(look()) else SYNC_WAYS
+def first_of(make: Callable[[], Any]) -> Any:
+    """Make the first one, in an event loop, since some need one; enter and leave a manager."""
+    made: list[Any] = []
+
+    async def look() -> None:
+        made.append(make())
+        if not isinstance(made[0], Subject):
+            await leave(made[0], do_nothing)  # it may have acquired something already
+
+    with suppress(Hang), time_limit():  # if it hangs, its ways will tell
+        asyncio.run(look())
+    return made[0]
 
 
 # --- What a way is: written once, for `with` and `async with` ---
@@ -172,19 +187,24 @@ class Broken(AssertionError):
 
 
 class Run:
-    """The block that is open now: its manager, and the lines of your code that ran."""
+    """The way that is played now: its manager, the lines of your code that ran, what it tried."""
 
-    manager: object = None
-    lines: list[tuple[types.CodeType, int]] = []  # noqa: RUF012
+    manager: object
+    lines: list[tuple[types.CodeType, int]]
+    tried: collections.Counter[str]
+
+    @classmethod
+    def begin(cls) -> None:
+        cls.manager, cls.lines, cls.tried = None, [], collections.Counter()
 
 
 sync_ways: list[Way] = []
 async_ways: list[Way] = []
 
-# What was judged so far in this process: managers, ways played, and cancellations injected.
+# What was tried in this process and kept the contract: managers by name, and the number of
+# "ways", of "points" at which they were interrupted, and of "cancellations" among these.
 managers: set[str] = set()
-played = 0
-points = 0
+counts: collections.Counter[str] = collections.Counter()
 
 
 def way(
@@ -221,9 +241,7 @@ def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: 
         name = judged_way.__name__
         if already := subject.leaks():
             raise Broken(name, f"not judged, before it began: {already}")
-        global played
-        played += 1
-        Run.manager, Run.lines = None, []
+        Run.begin()
         try:
             with time_limit(), recorded_lines():
                 run(subject)
@@ -238,6 +256,8 @@ def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: 
             raise Broken(name, what, path_that_ran(), HANGS) from None
         except (Exception, BaseExceptionGroup) as error:
             raise Broken(name, f"{error!r} came out", path_that_ran(), remedy) from error
+        managers.add(name_of(Run.manager))
+        counts.update(Run.tried, ways=1)
 
     return judged_way
 
@@ -247,11 +267,10 @@ def opened(subject: Subject) -> AnyManager:
     in_time()
     Run.lines = []
     Run.manager = manager = subject.open()
-    managers.add(name_of(manager))
     kind = AbstractAsyncContextManager if in_a_loop() else AbstractContextManager
     if not isinstance(manager, kind):
         ways = "ASYNC_WAYS" if isinstance(manager, AbstractAsyncContextManager) else "SYNC_WAYS"
-        raise Defect(manager, f"is for {ways}", "`with` and `async with` have ways of their own.")
+        raise Defect(f"is for {ways}", "`with` and `async with` have ways of their own.")
     return manager
 
 
@@ -264,6 +283,8 @@ async def leave(
     manager: AnyManager, body: Body, error: BaseException | None = None
 ) -> BaseException | None:
     """Open a block, run `body` in it, leave it by `error`; return what came out."""
+    if error is not None:
+        Run.tried["points"] += 1
     try:
         if isinstance(manager, AbstractAsyncContextManager):
             async with manager as value:
@@ -308,15 +329,13 @@ def only_if(condition: object, reason: str) -> None:
 # --- What is demanded ---
 
 
-def judge(
-    subject: Subject, manager: object, went_in: BaseException | None, came_out: BaseException | None
-) -> None:
+def judge(subject: Subject, went_in: BaseException | None, came_out: BaseException | None) -> None:
     """What the body raised must come out, unless the subject says that it may be swallowed."""
     if came_out is None and went_in is not None and not isinstance(went_in, subject.suppresses):
-        raise Defect(manager, f"swallowed {went_in!r}", SWALLOWS)
+        raise Defect(f"swallowed {went_in!r}", SWALLOWS)
     if came_out is not None and came_out is not went_in:
         left = "normally" if went_in is None else f"by {went_in!r}"
-        raise Defect(manager, f"was left {left}, but {came_out!r} came out") from came_out
+        raise Defect(f"was left {left}, but {came_out!r} came out") from came_out
 
 
 def visible_from(error: BaseException) -> Iterator[BaseException]:
@@ -330,16 +349,14 @@ def visible_from(error: BaseException) -> Iterator[BaseException]:
         yield from visible_from(shown)
 
 
-def must_show(manager: object, under: str, expected: object, came_out: BaseException) -> None:
+def must_show(expected: object, came_out: BaseException, under: str) -> None:
     """The error that a fault promises must come out, or be visible beside what did."""
     if not isinstance(expected, BaseException | type):
         return
     for error in visible_from(came_out):
         if error is expected or (isinstance(expected, type) and isinstance(error, expected)):
             return
-    raise Defect(
-        manager, f"failed {under}, but not by its {expected!r}: {came_out!r}"
-    ) from came_out
+    raise Defect(f"failed {under}, but not by its {expected!r}: {came_out!r}") from came_out
 
 
 def other_tasks() -> set[asyncio.Task[Any]]:
@@ -347,48 +364,47 @@ def other_tasks() -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
 
 
-def nothing_running(manager: object, tasks: set[asyncio.Task[Any]], how: str) -> None:
+def nothing_running(tasks: set[asyncio.Task[Any]], how: str) -> None:
     """No task of the manager's may go on in the background."""
     if tasks:
-        raise Defect(manager, f"was left{how} while its work went on in {tasks}")
+        raise Defect(f"was left{how} while its work went on in {tasks}")
 
 
 async def nothing_left(
-    subject: Subject,
-    manager: object,
-    how: str = "",
-    context: contextvars.Context | None = None,
+    subject: Subject, how: str = "", context: contextvars.Context | None = None
 ) -> None:
     """No task may go on in the background; then ask the oracle, in the context of the block."""
     ask = subject.leaks if context is None else functools.partial(context.run, subject.leaks)
     if in_a_loop():
-        nothing_running(manager, other_tasks(), how)
+        nothing_running(other_tasks(), how)
         for _turn in range(SETTLING):
             if not ask():
                 return
             await asyncio.sleep(0)
     if leaked := ask():
-        raise Defect(manager, f"left something behind{how}: {leaked}")
+        raise Defect(f"left something behind{how}: {leaked}")
 
 
-def must_see(subject: Subject, manager: object, what: str) -> None:
+def must_see(subject: Subject, what: str) -> None:
     """While a block is open, the oracle must see something."""
     if subject.visible and not subject.leaks():
-        raise Defect(manager, what, BLIND)
+        raise Defect(what, BLIND)
 
 
-@contextlib.contextmanager
-def must_be_closed(subject: Subject, manager: object) -> Iterator[None]:
-    """What is done inside must raise the closed_error."""
-    expected = subject.closed_error or Exception
+async def use_after(subject: Subject, value: object) -> None:
+    """Use what a block gave after that block: this must raise the closed_error, if it has one."""
+    expected = subject.closed_error
     try:
-        yield
-    except expected:
-        return
+        await use(subject, value)
     except Exception as error:
-        what = f"raised {error!r} when used after its block, not {expected.__name__}"
-        raise Defect(manager, what) from error
-    raise Defect(manager, f"could be used after its block: no {expected.__name__} was raised")
+        if expected is None:
+            raise
+        if not isinstance(error, expected):
+            what = f"raised {error!r} when used after its block, not {expected.__name__}"
+            raise Defect(what) from error
+    else:
+        if expected is not None:
+            raise Defect(f"could be used after its block: no {expected.__name__} was raised")
 
 
 def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault]]:
@@ -397,6 +413,7 @@ def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault
     if isinstance(given, str):
         raise unittest.SkipTest(given)
     for number, fault in enumerate(given):
+        Run.tried["points"] += 1
         yield f"under {kind}[{number}]", fault
 
 
@@ -422,23 +439,21 @@ HANGS = "Is it nestable? concurrent? If not: Subject(nestable=False, concurrent=
 
 async def leave_by(subject: Subject, error: BaseException | None) -> None:
     """Leave one block by `error`, or normally by None."""
-    manager = opened(subject)
-    came_out = await leave(manager, functools.partial(use, subject), error)
-    judge(subject, manager, error, came_out)
-    await nothing_left(subject, manager)
+    came_out = await leave(opened(subject), functools.partial(use, subject), error)
+    judge(subject, error, came_out)
+    await nothing_left(subject)
 
 
 @way(IN_FINALLY)
 async def returns(subject: Subject) -> None:
     """The body reaches its end."""
-    manager = opened(subject)
 
     async def body(value: object) -> None:
         await use(subject, value)
-        must_see(subject, manager, "is open, and `leaks` sees nothing")
+        must_see(subject, "is open, and `leaks` sees nothing")
 
-    judge(subject, manager, None, await leave(manager, body))
-    await nothing_left(subject, manager)
+    judge(subject, None, await leave(opened(subject), body))
+    await nothing_left(subject)
 
 
 @way(IN_FINALLY)
@@ -479,49 +494,21 @@ async def raises_stop_iteration(subject: Subject) -> None:
         await leave_by(subject, StopAsyncIteration("raised in the body"))
 
 
-@way(NOT_EXCEPT)
-async def generator_closed(subject: Subject) -> None:
-    """The block stands in a generator that is closed while it is suspended there."""
-    manager = opened(subject)
-    came_out: BaseException | None = None
-
-    async def suspended() -> AsyncGenerator[None]:
-        nonlocal came_out
-        try:
-            if isinstance(manager, AbstractAsyncContextManager):
-                async with manager as value:
-                    await use(subject, value)
-                    yield
-            else:
-                with manager as value:
-                    await use(subject, value)
-                    yield
-        except GeneratorExit as caught:
-            came_out = caught
-            raise
-
-    generator = suspended()
-    await anext(generator)
-    await generator.aclose()
-    judge(subject, manager, came_out or GeneratorExit("of the generator"), came_out)
-    await nothing_left(subject, manager)
-
-
 @way(HALF_WAY)
 async def set_up_fails(subject: Subject) -> None:
     """Entering fails: what it had acquired by then must be given back."""
     for under, fault in faults("setup_faults", subject.setup_faults):
-        manager = None
         with fault() as expected:
             try:
-                manager = opened(subject)
-                came_out = await leave(manager, do_nothing)
-            except Exception as error:
+                came_out = await leave(opened(subject), do_nothing)
+            except Defect:
+                raise
+            except Exception as error:  # some fail when they are made
                 came_out = error
             if came_out is None:
-                raise Defect(manager, f"was meant to fail {under}, but was entered")
-            must_show(manager, under, expected, came_out)
-        await nothing_left(subject, manager, f" {under}")
+                raise Defect(f"was meant to fail {under}, but was entered")
+            must_show(expected, came_out, under)
+        await nothing_left(subject, f" {under}")
 
 
 async def leave_under(
@@ -529,15 +516,14 @@ async def leave_under(
 ) -> None:
     """Leave a block whose cleanup fails: the failure must come out, the body's error be visible."""
     with fault() as expected:
-        manager = opened(subject)
-        came_out = await leave(manager, functools.partial(use, subject), error)
+        came_out = await leave(opened(subject), functools.partial(use, subject), error)
     if came_out is None:
-        raise Defect(manager, f"failed to clean up {under} without a word")
-    if error is not None and not any(error is shown for shown in visible_from(came_out)):
+        raise Defect(f"failed to clean up {under} without a word")
+    if error is not None and error not in visible_from(came_out):
         what = f"failed to clean up {under}: {came_out!r} hides the body's {error!r}"
-        raise Defect(manager, what) from came_out
-    must_show(manager, under, expected, came_out)
-    await nothing_left(subject, manager, f" {under}")
+        raise Defect(what) from came_out
+    must_show(expected, came_out, under)
+    await nothing_left(subject, f" {under}")
 
 
 @way(ONE_BY_ONE)
@@ -557,35 +543,29 @@ async def clean_up_fails_after_an_error(subject: Subject) -> None:
 @way(IN_ENTER)
 async def never_entered(subject: Subject) -> None:
     """A manager is made but never entered: it must not have acquired anything."""
-    manager = opened(subject)
-    await nothing_left(subject, manager, " though it was never entered")
+    opened(subject)  # kept in Run, so that its deletion does not release it in time
+    await nothing_left(subject, " though it was never entered")
 
 
 @way(CLOSED)
 async def used_after_close(subject: Subject) -> None:
     """What the block gave is used after the block."""
     only_if(subject.use, "the subject has no use")
+    given: list[object] = []
+
+    async def keep(value: object) -> None:
+        given.append(value)
+
     for error in (None, Failure("raised in the body")):
-        manager = opened(subject)
-        given: list[object] = []
-
-        async def keep(value: object, given: list[object] = given) -> None:
-            given.append(value)
-
-        pass_on(await leave(manager, keep, error), error)
-        if subject.closed_error is None:
-            await use(subject, given[0])
-        else:
-            with must_be_closed(subject, manager):
-                await use(subject, given[0])
-        await nothing_left(subject, manager)
+        pass_on(await leave(opened(subject), keep, error), error)
+        await use_after(subject, given[-1])
+        await nothing_left(subject)
 
 
 @way(RESTORE)
 async def nested(subject: Subject) -> None:
     """A block inside a block, left normally and by an error: the outer one is not disturbed."""
     only_if(subject.nestable, "the subject is not nestable")
-    outer = opened(subject)
     given: list[object] = []
 
     async def inner_body(value: object) -> None:
@@ -595,32 +575,23 @@ async def nested(subject: Subject) -> None:
     async def body(value: object) -> None:
         await use(subject, value)
         for error in (None, Failure("raised in the inner body")):
-            inner = subject.open()
-            pass_on(await leave(inner, inner_body, error), error)
-            must_see(subject, outer, "is open, but after an inner block `leaks` sees nothing")
+            pass_on(await leave(subject.open(), inner_body, error), error)
+            must_see(subject, "is open, but after an inner block `leaks` sees nothing")
             await use(subject, value)
-            if subject.closed_error is not None:
-                with must_be_closed(subject, outer):
-                    await use(subject, given[-1])
+            await use_after(subject, given[-1])
         given.append(value)
 
-    pass_on(await leave(outer, body), None)
-    if subject.closed_error is not None:
-        with must_be_closed(subject, outer):
-            await use(subject, given[-1])
-    await nothing_left(subject, outer)
+    pass_on(await leave(opened(subject), body), None)
+    await use_after(subject, given[-1])
+    await nothing_left(subject)
 
 
 @way(OWN_STATE)
 async def concurrent(subject: Subject) -> None:
     """Threads or tasks have blocks open at once; half leave, the others go on using theirs."""
     only_if(subject.concurrent, "the subject is not concurrent")
-    managers: list[object] = []
 
     async def take_part(meet: Callable[[], Awaitable[object]], leaves_first: bool) -> None:
-        manager = opened(subject)
-        managers.append(manager)
-
         async def body(value: object) -> None:
             await meet()  # all are open
             await use(subject, value)
@@ -628,26 +599,25 @@ async def concurrent(subject: Subject) -> None:
                 await meet()  # half have left
                 await use(subject, value)
 
-        pass_on(await leave(manager, body), None)
+        pass_on(await leave(opened(subject), body), None)
         if leaves_first:
             await meet()
         await meet()  # all have left
         if leaked := subject.leaks():  # as seen from this thread's or task's context, too
-            raise Defect(manager, f"left something behind: {leaked}")
+            raise Defect(f"left something behind: {leaked}")
 
     errors = await (in_tasks if in_a_loop() else in_threads)(take_part, subject.at_once)
-    consequences = (
-        threading.BrokenBarrierError,
-        asyncio.BrokenBarrierError,
-        asyncio.CancelledError,
-    )
-    causes = [error for error in errors if not isinstance(error, consequences)]
-    if causes:
-        raise causes[0]
+    for error in errors:
+        if not isinstance(error, CONSEQUENCES):
+            raise error
     if errors:
         what = f"{subject.at_once} blocks could not be open at once"
         raise TimeoutError(f"{what}: is it concurrent? Is at_once right?")
-    await nothing_left(subject, managers[0])
+    await nothing_left(subject)
+
+
+# What happens to the others if one takes no part.
+CONSEQUENCES = (threading.BrokenBarrierError, asyncio.BrokenBarrierError, asyncio.CancelledError)
 
 
 async def in_threads(take_part: Callable[..., Any], number: int) -> list[BaseException]:
@@ -701,9 +671,9 @@ async def in_tasks(take_part: Callable[..., Any], number: int) -> list[BaseExcep
 
 
 class Cancelling:
-    """Awaits a coroutine, counts its suspensions, and cancels its task at the chosen ones.
+    """Runs a block as its task would, and cancels that task at the awaits that a plan chooses.
 
-    Suspensions are counted, not turns of the event loop: the n-th is the same `await` in every
+    `plan` says how many awaits pass before each cancel. The n-th await is the same one in each
     run, however long the coroutine waits there for a socket or a child process.
 
     At such an `await` there are two moments at which a cancel differs. While it still waits: the
@@ -711,27 +681,26 @@ class Cancelling:
     the connection, the lock, the GPU is already granted, and CancelledError arrives in its place.
     """
 
-    def __init__(self, subject: Subject, when: Callable[[int, str], bool], late: bool) -> None:
+    def __init__(self, subject: Subject, plan: Sequence[int], late: bool) -> None:
         self.subject = subject
-        self.manager: object = None
-        self.when = when
+        self.plan = list(plan)
         self.late = late
         self.phase = "set-up"
-        self.suspensions = 0
         self.cancels: list[tuple[str, BaseException | None]] = []
         self.still_running: set[asyncio.Task[Any]] = set()
 
+    async def body(self, value: object) -> None:
+        """Use what the block gave, and wait once."""
+        self.phase = "body"
+        try:
+            await use(self.subject, value)
+            await asyncio.sleep(0)
+        finally:
+            self.phase = "cleanup"
+
     async def block(self) -> None:
         """The block whose ways out are examined."""
-        self.manager = manager = opened(self.subject)
-        assert isinstance(manager, AbstractAsyncContextManager)
-        async with manager as value:
-            try:
-                self.phase = "body"
-                await use(self.subject, value)
-                await asyncio.sleep(0)
-            finally:
-                self.phase = "cleanup"
+        pass_on(await leave(opened(self.subject), self.body), None)
 
     def __await__(self) -> Generator[Any, Any, None]:
         block: types.CoroutineType[Any, Any, None] = self.block()  # type: ignore[assignment]
@@ -741,11 +710,9 @@ class Cancelling:
                 awaited = resume()
             except StopIteration:
                 return
-            cancels = self.when(self.suspensions, self.phase)
-            self.suspensions += 1
+            cancels = self.is_chosen()
             if cancels:
-                global points
-                points += 1
+                Run.tried.update(points=1, cancellations=1)
                 self.cancels.append((self.phase, None))
                 self.cancel(awaited)
             try:
@@ -755,6 +722,15 @@ class Cancelling:
                 if cancels:
                     self.cancels[-1] = (self.cancels[-1][0], error)
                 resume = functools.partial(block.throw, error)
+
+    def is_chosen(self) -> bool:
+        """Return whether the plan has a cancel for this await."""
+        if self.plan and self.plan[0] == 0:
+            del self.plan[0]
+            return True
+        if self.plan:
+            self.plan[0] -= 1
+        return False
 
     def cancel(self, awaited: Any) -> None:
         """Cancel the task now, while it goes to sleep, or as soon as `awaited` is done."""
@@ -784,9 +760,9 @@ def place_of(error: BaseException | None) -> str:
     return f", at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
 
 
-async def cancel(subject: Subject, when: Callable[[int, str], bool], late: bool = False) -> int:
-    """Run a block, cancel it `when`, judge what came out; return how often it was cancelled."""
-    run = Cancelling(subject, when, late)
+async def cancel(subject: Subject, *plan: int, late: bool = False) -> int:
+    """Run a block, cancel it by `plan`, judge what came out; return how often it was cancelled."""
+    run = Cancelling(subject, plan, late)
     others = asyncio.all_tasks()  # the contract's own
 
     async def awaiting() -> None:
@@ -801,10 +777,10 @@ async def cancel(subject: Subject, when: Callable[[int, str], bool], late: bool 
     if not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=PATIENCE)
-        raise Defect(run.manager, f"did not end within {PATIENCE} s{run.story()}")
+        raise Defect(f"did not end within {PATIENCE:g} s{run.story()}", HANGS)
     judge_cancelled(run, task)
-    nothing_running(run.manager, run.still_running, run.story())
-    await nothing_left(subject, run.manager, run.story(), context)
+    nothing_running(run.still_running, run.story())
+    await nothing_left(subject, run.story(), context)
     return len(run.cancels)
 
 
@@ -812,53 +788,36 @@ def judge_cancelled(run: Cancelling, task: asyncio.Task[None]) -> None:
     """A cancelled task must end as cancelled, and one that was not must end well."""
     if task.cancelled() and run.cancels:
         if not task.cancelling():
-            raise Defect(run.manager, f"undid the cancellation by uncancel(){run.story()}")
+            raise Defect(f"undid the cancellation by uncancel(){run.story()}", PASSES_CANCEL)
         return
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
-    if isinstance(error, Defect):
+    if isinstance(error, Defect | Hang):
         raise error
     if error is not None:
-        raise Defect(run.manager, f"let {error!r} out{run.story()}") from error
+        raise Defect(f"let {error!r} out{run.story()}") from error
     if run.cancels and not issubclass(asyncio.CancelledError, run.subject.suppresses):
-        raise Defect(run.manager, f"swallowed CancelledError{run.story()}", PASSES_CANCEL)
+        raise Defect(f"swallowed CancelledError{run.story()}", PASSES_CANCEL)
 
 
-def bounded_count(subject: Subject) -> Iterator[int]:
+def count_up() -> Iterator[int]:
     """0, 1, 2, ... up to the number at which waiting for the end makes no sense."""
     yield from range(MOST_SUSPENSIONS)
-    what = f"was cancelled at {MOST_SUSPENSIONS} awaits, and there is still no end of them"
-    raise Defect(subject.open(), what)
+    raise Defect(f"was cancelled at {MOST_SUSPENSIONS} awaits, and there is still no end of them")
 
 
 @way(NO_GAP, sync=False)
 async def async_cancelled_while_it_waits(subject: Subject) -> None:
     """Cancelled at the first await of set-up, body or cleanup; at the second; and so on."""
-    for nth in bounded_count(subject):
-        if not await cancel(subject, lambda n, phase, nth=nth: n == nth):  # type: ignore[misc]
+    for nth in count_up():
+        if await cancel(subject, nth) == 0:
             return
 
 
 @way(SERVED, sync=False)
 async def async_cancelled_just_as_it_is_served(subject: Subject) -> None:
     """Cancelled when what it waited for was granted already, at every await."""
-    for nth in bounded_count(subject):
-        if not await cancel(subject, lambda n, phase, nth=nth: n == nth, late=True):  # type: ignore[misc]
-            return
-
-
-@way(FINISH, sync=False)
-async def async_cancelled_again_while_it_cleans_up(subject: Subject) -> None:
-    """Cancelled in its body, then once more at every await of the cleanup that follows."""
-    for nth in bounded_count(subject):
-        first: list[int] = []
-
-        def when(n: int, phase: str, nth: int = nth, first: list[int] = first) -> bool:
-            if not first and phase == "body":
-                first.append(n)
-                return True
-            return bool(first) and n == first[0] + 1 + nth
-
-        if await cancel(subject, when) < 2:
+    for nth in count_up():
+        if await cancel(subject, nth, late=True) == 0:
             return
 
 
@@ -869,18 +828,13 @@ async def async_cancelled_twice_anywhere(subject: Subject) -> None:
     The number of runs is the square of the awaits: a subject that starts a process for each of
     them may have to leave this way out.
     """
-    for nth in bounded_count(subject):
-        for later in bounded_count(subject):
-            chosen = (nth, nth + 1 + later)
-            cancels = await cancel(subject, lambda n, phase, chosen=chosen: n in chosen)  # type: ignore[misc]
+    for nth in count_up():
+        for later in count_up():
+            cancels = await cancel(subject, nth, later)
             if cancels == 0:
                 return
             if cancels == 1:
                 break
-
-
-SYNC_WAYS = tuple(sync_ways)
-ASYNC_WAYS = tuple(async_ways)
 
 
 @way(FINISH, sync=False)
@@ -889,21 +843,23 @@ async def async_cancelled_by_an_anyio_scope(subject: Subject) -> None:
     anyio = sys.modules.get("anyio")
     only_if(anyio, "anyio is not imported")
     assert anyio is not None
-    manager = opened(subject)
 
     async def body(value: object) -> None:
         await use(subject, value)
+        Run.tried.update(points=1, cancellations=1)
         scope.cancel()
         await asyncio.sleep(0)
 
     # subtle: such a scope cancels its task again at each turn of the event loop.
     with anyio.CancelScope() as scope:
-        came_out = await leave(manager, body)
-        if came_out is not None:
-            raise came_out
+        pass_on(await leave(opened(subject), body), None)
     if not scope.cancelled_caught and not issubclass(asyncio.CancelledError, subject.suppresses):
-        raise Defect(manager, "swallowed the cancellation of an anyio scope", PASSES_CANCEL)
-    await nothing_left(subject, manager, " when cancelled by an anyio scope")
+        raise Defect("swallowed the cancellation of an anyio scope", PASSES_CANCEL)
+    await nothing_left(subject, " when cancelled by an anyio scope")
+
+
+SYNC_WAYS = tuple(sync_ways)
+ASYNC_WAYS = tuple(async_ways)
 
 
 # --- A limit for what hangs ---
@@ -1004,12 +960,10 @@ def path_that_ran() -> str:
 
 
 def name_of(manager: object) -> str:
-    """Return what a message calls a manager."""
+    """Return what a message calls a manager: the generator's name says more than the class's."""
+    if manager is None:
+        return "making the manager"
     return str(getattr(getattr(manager, "gen", None) or type(manager), "__qualname__", "it"))
-
-
-SYNC_WAYS = tuple(sync_ways)
-ASYNC_WAYS = tuple(async_ways)
 
 
 # --- python contract.py some/file.py:subject ---
@@ -1028,16 +982,9 @@ def what_is_open() -> set[str]:
 
 def make_subject(factory: Callable[[], Any]) -> Subject:
     """Call the factory; for a bare manager, watch what was not open before the first one."""
-
-    async def look() -> Subject | None:
-        made = factory()
-        if isinstance(made, Subject):
-            return made
-        await leave(made, do_nothing)  # it may have acquired something already
-        return None
-
-    if subject := asyncio.run(look()):  # in a loop, since some managers need one
-        return subject
+    made = first_of(factory)
+    if isinstance(made, Subject):
+        return made
     before: list[set[str]] = []
 
     def open_next() -> AnyManager:
@@ -1048,7 +995,8 @@ def make_subject(factory: Callable[[], Any]) -> Subject:
     def leaks() -> object:
         return before and sorted(what_is_open() - before[0])
 
-    return Subject(open=open_next, leaks=leaks, visible=False)
+    why = "a bare manager comes without faults"
+    return Subject(open_next, leaks, setup_faults=why, cleanup_faults=why, visible=False)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -1070,7 +1018,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     make = functools.partial(make_subject, getattr(module, name))
     failures = []
+    give_up = functools.partial(faulthandler.dump_traceback_later, GIVE_UP, exit=True)
+    give_up(file=sys.__stderr__ or 2)
     for each, found in verdicts(make, ways_for(make())):
+        give_up(file=sys.__stderr__ or 2)
         mark, what = "✓", ""
         if isinstance(found, Broken):
             failures.append(found)
@@ -1078,6 +1029,7 @@ def main(arguments: Sequence[str]) -> int:
         elif found is not None:
             mark, what = "-", f"not tried: {found}"
         print(f"{mark} {each.__name__:<42} {what}".rstrip())
+    faulthandler.cancel_dump_traceback_later()
     if failures:
         print(f"\n{failures[0]}")
     return 1 if failures else 0

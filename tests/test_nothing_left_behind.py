@@ -1,12 +1,14 @@
 """The rule that holds all other tests is itself held here: each kind of leak is reported.
 
-Each test runs pytest on a small file of its own, beside a copy of left_behind.py.
+One run of pytest shows it, on a file of its own beside a copy of left_behind.py.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import conftest
 import pytest
@@ -15,10 +17,8 @@ from conftest import ROOT, load_chapter
 pytest_plugins = ["pytester"]
 
 HEADING = """
-import asyncio, contextlib, contextvars, decimal, os, socket, sqlite3, subprocess, sys
-import tempfile, threading
+import asyncio, contextlib, contextvars, decimal, os, subprocess, sys, threading
 import left_behind, pytest, pytest_asyncio
-from concurrent.futures import ThreadPoolExecutor
 
 left_behind.PATIENCE = 0.1
 variable = contextvars.ContextVar("variable", default=None)
@@ -85,45 +85,10 @@ async def test_variable_in_async_test():  # context variable .*: 'left' became '
 """
 
 
-@pytest.fixture
-def run(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A folder with a conftest.py as left_behind.py asks for."""
-    rule = (ROOT / "tests" / "left_behind.py").read_text(encoding="utf-8")
-    pytester.makepyfile(left_behind=rule)
-    pytester.makeconftest("from left_behind import nothing_left_behind, tasks_may_be_abandoned")
-    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
-    return pytester
-
-
-def play(run: pytest.Pytester, tests: str) -> pytest.RunResult:
-    run.makepyfile(HEADING + tests)
-    return run.runpytest_subprocess("-W", "error", "-p", "no:randomly", "-p", "no:cacheprovider")
-
-
-def test_a_test_that_leaks_is_reported_with_the_kind_and_what_to_do(run: pytest.Pytester) -> None:
-    reports = [line.split("# ")[1] for line in LEAKS.splitlines() if "  # " in line]
-    outcome = play(run, LEAKS)
-    outcome.assert_outcomes(passed=len(reports), errors=len(reports))
-    outcome.stdout.re_match_lines([f"- {report}.*; .+" for report in reports])
-
-
-def test_a_clean_test_passes_even_if_what_it_opened_ends_a_moment_later(
-    run: pytest.Pytester,
-) -> None:
-    clean = """
-def test_descriptors(tmp_path, capfd):
-    with open(tmp_path / "file", "w"), socket.socket(), tempfile.TemporaryFile():
-        print(decimal.Decimal(1) / 3)
-    with contextlib.closing(sqlite3.connect(tmp_path / "database")) as connection:
-        connection.execute("pragma journal_mode=wal")
-
-def test_processes():
-    subprocess.run([sys.executable, "-c", ""], check=True)
-
-def test_threads():
+CLEAN = """
+def test_what_ends_a_moment_later():
     threading.Timer(0.02, lambda: None).start()
-    with ThreadPoolExecutor() as pool:
-        pool.submit(print).result()
+    decimal.Decimal(1) / 3
 
 def test_surroundings(monkeypatch, tmp_path):
     monkeypatch.setenv("WORKSHOP", "for this test")
@@ -135,15 +100,6 @@ def test_lesson_about_a_task_that_nobody_awaits(tasks_may_be_abandoned):
         main.task = asyncio.create_task(asyncio.Event().wait())
     asyncio.run(main())
 
-def test_loop_of_its_own():
-    asyncio.run(asyncio.to_thread(print))
-
-@pytest_asyncio.fixture
-async def server():
-    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-    async with server:
-        yield server
-
 @pytest_asyncio.fixture
 async def background():
     async with asyncio.TaskGroup() as group:
@@ -152,23 +108,35 @@ async def background():
         task.cancel()
 
 @pytest.mark.asyncio
-async def test_async(server, background, monkeypatch):
+async def test_async(background, monkeypatch):
     monkeypatch.setenv("WORKSHOP", "for this test")
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    assert await reader.read() == b""
-    writer.close()
-    await writer.wait_closed()
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
     await process.wait()
     await asyncio.to_thread(print)
     variable.reset(variable.set("for this test"))
 """
-    play(run, clean).assert_outcomes(passed=7)
+
+FAILING = """
+def test_that_fails_and_leaks():  # environment WORKSHOP: 'left'
+    os.environ["WORKSHOP"] = "left"
+    raise LookupError
+"""
 
 
-def test_a_failing_test_is_still_told_what_it_left(run: pytest.Pytester) -> None:
-    outcome = play(run, "def test_leak():\n    os.environ['WORKSHOP'] = 'left'\n    assert False\n")
-    outcome.assert_outcomes(failed=1, errors=1)
+def test_each_leak_is_reported_with_its_kind_and_what_to_do_and_nothing_else(
+    pytester: pytest.Pytester,
+) -> None:
+    rule = (ROOT / "tests" / "left_behind.py").read_text(encoding="utf-8")
+    pytester.makepyfile(left_behind=rule)
+    pytester.makeconftest("from left_behind import nothing_left_behind, tasks_may_be_abandoned")
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makepyfile(HEADING + CLEAN + LEAKS + FAILING)
+    options = ("-W", "error", "-p", "no:randomly", "-p", "no:cacheprovider")
+    outcome = pytester.runpytest_subprocess(*options)
+    reports = re.findall("(?m)  # (.*)$", LEAKS + FAILING)
+    clean = CLEAN.count("def test_")
+    outcome.assert_outcomes(passed=clean + len(reports) - 1, failed=1, errors=len(reports))
+    outcome.stdout.re_match_lines([f"- {report}.*; .+" for report in reports])
 
 
 def test_a_chapter_is_loaded_once_by_its_number(
@@ -192,3 +160,18 @@ def test_a_chapter_that_is_not_there_or_is_prose_says_so(
         load_chapter(97)
     with pytest.raises(LookupError, match=r"chapter 98 is not there: no 98_\*\.py in "):
         load_chapter(98)
+
+
+def test_one_line_sums_up_what_the_contract_tried_in_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = {"ways": 2, "points": 600, "cancellations": 10}
+    monkeypatch.setattr(conftest, "judged", [(["a"], tried), (["a", "b"], tried), ([], {})])
+    reporter = mock.Mock(stats={})
+    conftest.pytest_terminal_summary(reporter, 0)
+    conftest.pytest_terminal_summary(reporter, 1)
+    begin = "cleanup contract: 2 managers, 4 ways out of a block, 1,200 injection points"
+    assert [call.args[0] for call in reporter.write_line.call_args_list] == [
+        f"{begin} (20 of them cancellations at an await); left behind: {left}"
+        for left in ("nothing", "see the failures")
+    ]
