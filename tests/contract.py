@@ -71,7 +71,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,13 +96,17 @@ class Subject:
     leaks: Callable[[], object]  # the oracle: falsy if nothing is left, else what is
     use: Callable[[Any], Any] | None = None  # one use of what `with` gave; may be awaitable
     closed_error: type[Exception] | None = None  # of a use after the block; None: no error
-    setup_faults: Sequence[Fault] | str = ()  # or in words: why entering cannot fail
-    cleanup_faults: Sequence[Fault] | str = ()  # or in words: why leaving cannot fail
+    setup_faults: Sequence[Fault] | str = field(kw_only=True)  # or why entering cannot fail
+    cleanup_faults: Sequence[Fault] | str = field(kw_only=True)  # or why leaving cannot fail
     suppresses: tuple[type[BaseException], ...] = ()  # what may be swallowed, on purpose
     nestable: bool = True  # may a second block be opened inside the first?
     concurrent: bool = True  # may several threads or tasks have blocks open at once?
     at_once: int = 4  # how many blocks are opened at once, if it is concurrent
     visible: bool = True  # does the oracle see an open block? False for one that holds nothing
+
+    def __post_init__(self) -> None:
+        if not self.setup_faults or not self.cleanup_faults:
+            raise TypeError("Subject needs faults, or a str that says why it can have none")
 
 
 class Failure(Exception):
@@ -408,8 +412,7 @@ async def use_after(subject: Subject, value: object) -> None:
 
 
 def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault]]:
-    """Each fault with a name for messages; there must be one."""
-    only_if(given, f"the subject has no {kind}")
+    """Each fault with a name for messages; skip if there is a reason for none."""
     if isinstance(given, str):
         raise unittest.SkipTest(given)
     for number, fault in enumerate(given):

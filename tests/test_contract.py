@@ -739,6 +739,15 @@ def test_what_a_subject_suppresses_on_purpose_may_be_swallowed() -> None:
     assert rejections(make, ASYNC_WAYS) == {}
 
 
+def test_a_subject_must_give_faults_or_say_why_it_has_none() -> None:
+    with pytest.raises(TypeError, match=r"missing 2 required .*'setup_faults' and"):
+        Subject(nullcontext, bool)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="needs faults, or a str that says why"):
+        bare(nullcontext, setup_faults=[])
+    with pytest.raises(TypeError, match="needs faults, or a str that says why"):
+        bare(nullcontext, cleanup_faults="")
+
+
 def test_a_value_without_closed_error_must_stay_usable() -> None:
     contract.used_after_close(bare(nullcontext, use=lambda value: None))
     with pytest.raises(Broken, match="used_after_close: ZeroDivisionError"):
