@@ -74,6 +74,8 @@ class Report:
     imported: bool = True  # if not, the hints do not help yet
     story: str = ""  # the task's text, in a language other than the file's
     printed: str = ""  # what the answer printed
+    managers: list[str] = field(default_factory=list)  # that kept the cleanup contract
+    counts: dict[str, int] = field(default_factory=dict)  # of it: see tests/contract.py
 
 
 class NotSolvedError(Exception):
@@ -348,6 +350,8 @@ def main() -> NoReturn:
 
     def tell(report: Report) -> None:
         once.acquire()  # and never release: one report is enough
+        if contract := sys.modules.get("contract"):
+            report.managers, report.counts = sorted(contract.managers), dict(contract.counts)
         out.write(json.dumps(asdict(report)))
         out.flush()
         if hasattr(os, "getsid") and os.getsid(0) == os.getpid():

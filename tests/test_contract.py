@@ -38,6 +38,15 @@ import pytest
 from conftest import chapter_path
 from contract import ASYNC_WAYS, SYNC_WAYS, Broken, Subject, Way, check
 
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What is tried here has no place in the summary of the suite."""
+    monkeypatch.setattr(contract, "managers", set())
+    monkeypatch.setattr(contract, "counts", Counter())
+    return contract.counts
+
+
 # --- The resource ---
 
 
@@ -915,12 +924,6 @@ def test_awaits_without_an_end_are_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- What is counted, and what is left alone ---
-
-
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    monkeypatch.setattr(contract, "counts", Counter())
-    return contract.counts
 
 
 def test_the_nth_await_is_the_same_one_however_long_it_waits(counts: Counter[str]) -> None:

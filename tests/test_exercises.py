@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import contract
 import judging
 import pytest
 from conftest import ROOT
@@ -77,6 +78,8 @@ def test_its_solution_passes(task: judging.Task, forks: Forks, tmp_path: Path) -
     answer = Path(shutil.copy(solution(task), tmp_path / "answer.py"))
     report = forks.judge(task, answer)
     assert report.solved, report
+    contract.managers.update(report.managers)
+    contract.counts.update(report.counts)
 
 
 @pytest.mark.parametrize("wrong", WRONG_ANSWERS, ids=lambda wrong: f"{wrong.task} {wrong.title}")
