@@ -53,20 +53,8 @@ import sys
 import tempfile
 import textwrap
 from collections import deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterator,
-    Mapping,
-)
-from contextlib import (
-    AsyncExitStack,
-    asynccontextmanager,
-    closing,
-    contextmanager,
-    suppress,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from io import FileIO
 from pathlib import Path
@@ -211,7 +199,6 @@ class ServerError(RuntimeError):
     """A server did not start, did not answer, failed or died. The message says which, and why."""
 
     def __init__(self, server: str, problem: str) -> None:
-        super().__init__(server, problem)  # both arguments, so that it can be pickled
         self.server, self.problem = server, problem
 
     def __str__(self) -> str:
@@ -323,7 +310,7 @@ class _Connection:
     """One client of one server, and the two ways to end it."""
 
     def __init__(self, deadline: float) -> None:
-        self.client: Any = None
+        self.client: Any  # while it is entered
         self.scope = anyio.CancelScope(deadline=deadline)  # around the client: cuts it off
         self.work = anyio.CancelScope()  # inside the client: it ends its session first
         self.died = False
@@ -598,7 +585,6 @@ async def _run_child(
         # Its last message may still be in the pipe, which what it has started may hold open.
         await asyncio.wait({reading}, timeout=0.5)
         incoming.close()
-        outgoing.close()
 
     async def ask_to_exit() -> None:
         with anyio.CancelScope(shield=True):
@@ -1126,13 +1112,9 @@ async def work_in(folder: Path) -> None:
             "files": {"url": (await asyncio.to_thread(output.readline)).strip()},
             "search": {"command": "no-such-program", "required": False},
         }
-        await work(load_config(write_config(folder, servers)), on_change, lost)
-
-
-def write_config(folder: Path, servers: Mapping[str, Any]) -> Path:
-    path = folder / "mcp.json"
-    path.write_text(json.dumps({"mcpServers": servers}))
-    return path
+        path = folder / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": servers}))
+        await work(load_config(path), on_change, lost)
 
 
 async def demo_config() -> None:
@@ -1320,7 +1302,7 @@ def command_line(parser: argparse.ArgumentParser) -> Iterator[argparse.Namespace
     parser.add_argument("--live", action="store_true", help=text)
     options = parser.parse_args()
     if sys.platform == "win32":
-        parser.error("Windows is left out: its event loop cannot watch a pipe")
+        parser.exit(2, f"{parser.prog}: Windows is left out: its event loop cannot watch a pipe\n")
     if options.live and not os.environ.get("OPENAI_API_KEY"):
         parser.error(_("--live needs OPENAI_API_KEY; a local server takes any value"))
     live = options.live

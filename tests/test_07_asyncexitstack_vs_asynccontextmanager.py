@@ -12,7 +12,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,156 +27,166 @@ from unittest import mock
 
 import pytest
 from conftest import chapter_path, load_chapter
-from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way
+from contract import ASYNC_WAYS, SYNC_WAYS, Fault, Subject, Way
 from left_behind import child_processes, open_descriptors
 from rich.console import Console
+from waiting import until
 
 chapter: Any = load_chapter(7)
 patched = mock.patch.object
-sync_ways = pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
-async_ways = pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
+
+
+# --- Every resource keeps the cleanup contract ---
 
 
 def failing(*_arguments: object, **_options: object) -> Any:
     raise OSError("injected")
 
 
-# --- Every resource keeps the cleanup contract ---
+def failing_after(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which does its work, but then fails."""
+
+    def late(*arguments: Any, **options: Any) -> None:
+        function(*arguments, **options)
+        failing()
+
+    return late
 
 
-class Census:
-    """What the whole process has open: descriptors, children, and the locks in one folder."""
+def fault(target: object, name: str, value: object, error: object = OSError) -> Fault:
+    """Replace an attribute inside; `error` must come out."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.numbers = count()
-        self.allowed = {False: len(self.descriptors()), True: asyncio.run(self.in_a_loop())}
+    @contextmanager
+    def replaced() -> Iterator[object]:
+        with patched(target, name, value):
+            yield error
 
-    async def in_a_loop(self) -> int:
-        """An event loop has descriptors of its own."""
-        return len(self.descriptors())
-
-    def descriptors(self) -> list[str]:
-        """All but the folders that another thread's census is looking into at the same time."""
-        opened = open_descriptors().values()
-        return [to for to in opened if not to.startswith("/proc/") and to != str(self.folder)]
-
-    def leaks(self) -> object:
-        in_a_loop = asyncio._get_running_loop() is not None
-        descriptors = self.descriptors()
-        return (
-            child_processes()
-            or list(self.folder.glob("*.lock"))
-            or (len(descriptors) > self.allowed[in_a_loop] and descriptors)
-        )
-
-    def path(self, kind: str) -> Path:
-        return self.folder / f"{next(self.numbers)}.{kind}"
+    return replaced
 
 
-@pytest.fixture
-def census(tmp_path: Path) -> Census:
-    return Census(tmp_path)
+def leaks_of(folder: Path) -> Callable[[], object]:
+    """The oracle: children, locks in the folder, descriptors of its files, and pipes."""
+
+    def descriptors() -> list[str]:
+        held = (f"{folder}/", "pipe:", "socket:")
+        return [to for to in open_descriptors().values() if to.startswith(held)]
+
+    before = len(descriptors())
+
+    def leaks() -> object:
+        of_the_loop = 2 if asyncio._get_running_loop() else 0
+        return child_processes() or [*folder.glob("*.lock"), *descriptors()[before + of_the_loop :]]
+
+    return leaks
+
+
+def lock_subject(folder: Path) -> Subject:
+    path = folder / "the.lock"
+
+    @contextmanager
+    def held() -> Iterator[object]:
+        path.touch()
+        yield chapter.LockHeldError
+        path.unlink()
+
+    return Subject(
+        lambda: chapter.lock_file(path),
+        leaks_of(folder),
+        setup_faults=(held, fault(os, "getpid", failing)),
+        cleanup_faults=(fault(Path, "unlink", failing_after(Path.unlink)),),
+        nestable=False,
+        concurrent=False,
+    )
+
+
+def database_subject(folder: Path) -> Subject:
+    connect, numbers = sqlite3.connect, count()
+
+    def opening(what: Callable[..., Any], error: type[Exception] = OSError) -> Fault:
+        return fault(sqlite3, "connect", what, error)
+
+    def failing_at(method: str) -> Fault:
+        late = failing_after(getattr(sqlite3.Connection, method))
+        factory = type("Failing", (sqlite3.Connection,), {method: late})
+        return opening(partial(connect, factory=factory))
+
+    @contextmanager
+    def locked() -> Iterator[None]:
+        """A commit fails, but not the rollback after an error."""
+        with closing(connect(folder / "locked.db")) as reader:
+            reader.executescript("create table others (n); insert into others values (1), (2)")
+            reading = reader.execute("select * from others")
+            next(reading)
+            with patched(sqlite3, "connect", lambda path: connect(folder / "locked.db", timeout=0)):
+                yield
+
+    return Subject(
+        lambda: chapter.database(folder / f"{next(numbers)}.db"),
+        leaks_of(folder),
+        use=lambda connection: connection.execute("create table if not exists notes (text)"),
+        closed_error=sqlite3.ProgrammingError,
+        setup_faults=(
+            opening(lambda path: connect(folder), sqlite3.OperationalError),
+            failing_at("execute"),
+        ),
+        cleanup_faults=(locked, failing_at("close")),
+    )
 
 
 async def ask(process: Any) -> None:
     assert await chapter.ask(process) == "HELLO"
 
 
-@asynccontextmanager
-async def touchy() -> AsyncIterator[None]:
-    """Fails in its set-up or in its cleanup, inside `failing_at`."""
-    await asyncio.sleep(0)
-    if touchy_fails_at == "setup":
-        raise OSError("injected")
-    try:
-        yield
-    finally:
-        if touchy_fails_at == "cleanup":
-            raise OSError("injected")
+def child_subject(folder: Path) -> Subject:
+    wait = chapter.Process.wait
 
+    async def waiting_late(process: Any) -> None:
+        await wait(process)
+        failing()
 
-touchy_fails_at = ""
-
-
-def failing_at(phase: str) -> Callable[[], Any]:
-    return partial(patched, sys.modules[__name__], "touchy_fails_at", phase)
-
-
-def lock_subject(census: Census) -> Subject:
-    path = census.folder / "the.lock"
-
-    @contextmanager
-    def held() -> Iterator[None]:
-        path.touch()
-        try:
-            yield
-        finally:
-            path.unlink()
-
-    return Subject(
-        lambda: chapter.lock_file(path),
-        census.leaks,
-        setup_faults=(held, partial(patched, os, "getpid", failing)),
-        nestable=False,
-        concurrent=False,
-    )
-
-
-def database_subject(census: Census) -> Subject:
-    return Subject(
-        lambda: chapter.database(census.path("db")),
-        census.leaks,
-        use=lambda connection: connection.execute("create table if not exists notes (text)"),
-        closed_error=sqlite3.ProgrammingError,
-        setup_faults=(partial(patched, census, "path", lambda kind: census.folder),),
-    )
-
-
-def child_subject(census: Census) -> Subject:
     return Subject(
         lambda: chapter.spawn(*chapter.UPPER),
-        census.leaks,
+        leaks_of(folder),
         use=ask,
         closed_error=ConnectionError,
-        setup_faults=(partial(patched, chapter, "UPPER", ("/no/such/program",)),),
+        setup_faults=(fault(chapter, "UPPER", chapter.MISSING, FileNotFoundError),),
+        cleanup_faults=(fault(chapter.Process, "wait", waiting_late),),
     )
 
 
-def open_all_subject(census: Census) -> Subject:
+def open_all_subject(folder: Path) -> Subject:
+    numbers = count()
+
     def several() -> list[Callable[[], Any]]:
         return [
-            touchy,
-            lambda: chapter.lock_file(census.path("lock")),
+            lambda: chapter.lock_file(folder / f"{next(numbers)}.lock"),
             lambda: chapter.spawn(*chapter.UPPER),
-            lambda: chapter.database(census.path("db")),
-            touchy,
+            lambda: chapter.database(folder / f"{next(numbers)}.db"),
+            nullcontext,
         ]
 
     return Subject(
         lambda: chapter.open_all(several()),
-        census.leaks,
-        use=lambda values: ask(values[2]),
+        leaks_of(folder),
+        use=lambda values: ask(values[1]),
         closed_error=ConnectionError,
-        setup_faults=(failing_at("setup"),),
-        cleanup_faults=(failing_at("cleanup"),),
+        setup_faults=(
+            fault(nullcontext, "__aenter__", failing),
+            fault(chapter, "UPPER", chapter.MISSING, FileNotFoundError),
+        ),
+        cleanup_faults=(fault(nullcontext, "__aexit__", failing),),
     )
 
 
-@sync_ways
-@pytest.mark.parametrize("subject", [lock_subject, database_subject])
-def test_a_sync_resource_keeps_the_cleanup_contract(
-    subject: Callable[[Census], Subject], way: Way, census: Census
-) -> None:
-    way(subject(census))
+WAYS = [(subject, way) for subject in (lock_subject, database_subject) for way in SYNC_WAYS]
+WAYS += [(subject, way) for subject in (child_subject, open_all_subject) for way in ASYNC_WAYS]
 
 
-@async_ways
-@pytest.mark.parametrize("subject", [child_subject, open_all_subject])
-def test_an_async_resource_keeps_the_cleanup_contract(
-    subject: Callable[[Census], Subject], way: Way, census: Census
+@pytest.mark.parametrize(("subject", "way"), WAYS)
+def test_each_resource_keeps_the_cleanup_contract(
+    subject: Callable[[Path], Subject], way: Way, tmp_path: Path
 ) -> None:
-    way(subject(census))
+    way(subject(tmp_path))
 
 
 # --- Lock file ---
@@ -187,85 +203,49 @@ def test_a_lock_file_says_who_holds_it_and_refuses_a_second_holder(tmp_path: Pat
         with unreadable, pytest.raises(chapter.LockHeldError), chapter.lock_file(path):
             pytest.fail("entered")
         path.unlink()  # raises, if a refused holder has removed it; the end of the block does not
+    with pytest.raises(FileNotFoundError), chapter.lock_file(tmp_path / "no folder" / "lock"):
+        pytest.fail("entered")
 
 
 # --- Database ---
 
 
-def rows(path: Path) -> list[Any]:
-    with chapter.database(path) as connection:
-        return list(connection.execute("select * from notes"))
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    with chapter.database(tmp_path / "notes.db") as connection:
-        connection.execute("create table notes (text)")
-    return tmp_path / "notes.db"
-
-
 @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, KeyboardInterrupt])
-def test_a_block_commits_or_rolls_back(notes: Path, error: type[BaseException]) -> None:
-    with chapter.database(notes) as connection:
+def test_a_block_commits_or_rolls_back(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "notes.db"
+    with chapter.database(path) as connection:
+        connection.execute("create table notes (text)")
         connection.execute("insert into notes values ('kept')")
-    with pytest.raises(error), chapter.database(notes) as connection:
+    with pytest.raises(error), chapter.database(path) as connection:
         connection.execute("create table more (text)")
         connection.execute("insert into notes values ('lost')")
         raise error
-    with chapter.database(notes) as connection:
+    with chapter.database(path) as connection:
         assert list(connection.execute("select name from sqlite_master")) == [("notes",)]
-    assert rows(notes) == [("kept",)]
-
-
-def test_a_commit_that_fails_raises_and_closes(
-    notes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
-    with chapter.database(notes) as reader:
-        list(reader.execute("select * from notes"))  # holds a lock that a commit must wait for
-        with (
-            pytest.raises(sqlite3.OperationalError, match="locked"),
-            chapter.database(notes) as writer,
-        ):
-            writer.execute("insert into notes values ('lost')")
-        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-            writer.execute("select 1")
-    assert rows(notes) == []
+        assert list(connection.execute("select * from notes")) == [("kept",)]
 
 
 # --- Child process ---
 
 
 @pytest.mark.asyncio
-async def test_a_child_can_finish_when_its_input_ends() -> None:
-    async with chapter.spawn(*chapter.UPPER) as process:
-        await ask(process)
-    assert process.returncode == 0
-
-
-@pytest.mark.asyncio
-async def test_a_child_that_outlasts_its_grace_is_killed() -> None:
-    timeouts: list[float] = []
-
-    def expiring(seconds: float) -> asyncio.Timeout:
-        timeouts.append(seconds)
-        return asyncio.timeout_at(0)
-
-    with patched(asyncio, "timeout", expiring):
-        async with chapter.spawn(*chapter.DEAF, grace=3600.0) as process:
-            pass
-    assert timeouts == [3600.0]
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("error", [ValueError, TimeoutError])
-async def test_a_child_is_killed_at_once_if_the_block_raises(error: type[Exception]) -> None:
-    """A timeout of the block is not the grace."""
-    with pytest.raises(error, match="the block"):
-        async with chapter.spawn(*chapter.DEAF, grace=3600.0) as process:
-            raise error("the block")
-    assert process.returncode == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("command", "grace", "error", "status"),
+    [
+        (chapter.UPPER, 20.0, None, 0),
+        (chapter.DEAF, 0.01, None, -signal.SIGKILL),
+        (chapter.DEAF, 20.0, ValueError("the block"), -signal.SIGKILL),
+        (chapter.DEAF, 20.0, TimeoutError("the block"), -signal.SIGKILL),  # is not the grace
+    ],
+)
+async def test_a_child_has_its_grace_unless_the_block_raises(
+    command: tuple[str, ...], grace: float, error: Exception | None, status: int
+) -> None:
+    with pytest.raises(type(error), match="the block") if error else nullcontext():
+        async with chapter.spawn(*command, grace=grace) as process:
+            if error:
+                raise error
+    assert process.returncode == status
 
 
 NOISY = "while True: print('x' * 65536)"
@@ -296,25 +276,16 @@ async def test_a_cancelled_start_does_not_wait_for_a_grandchild(
         return await connect(*arguments)
 
     monkeypatch.setattr(loop, "connect_read_pipe", slowly)
-    pid = tmp_path / "pid"
-    forks = f"""
-import os, time
-if os.fork() == 0:
-    with open({str(pid)!r} + ".new", "w") as file:
-        file.write(str(os.getpid()))
-    os.rename({str(pid)!r} + ".new", {str(pid)!r})
-time.sleep(60)
-"""
+    forked = tmp_path / "forked"
+    forks = f"import os, time\nif os.fork() == 0: open({str(forked)!r}, 'w')\ntime.sleep(60)"
     task = asyncio.create_task(chapter.spawn(*chapter.PYTHON, forks).__aenter__())
-    async with asyncio.timeout(10):
-        await asked.wait()
-        while not pid.exists():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+    await until(lambda: asked.is_set() and forked.exists())
+    (child,) = child_processes()
     task.cancel()
     await asyncio.sleep(0)
     go.set()
     ended, _pending = await asyncio.wait([task], timeout=5)
-    os.kill(int(pid.read_text()), signal.SIGKILL)
+    os.killpg(child, signal.SIGKILL)  # it leads the group of the grandchild
     await asyncio.wait([task])
     assert ended
     assert task.cancelled()
@@ -344,6 +315,8 @@ async def test_no_child_is_left_whichever_tick_is_cancelled(cancels: int) -> Non
 ABANDON = """
 import asyncio
 from conftest import load_chapter
+from left_behind import child_processes
+from waiting import until_sync
 chapter = load_chapter(7)
 
 async def block():
@@ -360,15 +333,17 @@ async def abandon(ticks, cancels):
 for ticks in range(12):
     asyncio.run(abandon(ticks, 0))
     asyncio.run(abandon(ticks, 1))
+until_sync(lambda: {*child_processes().values()} <= {"zombie"})
 print("ended")
 """
 
 
 def test_a_loop_that_shuts_down_in_mid_start_kills_the_child() -> None:
-    """asyncio alone waits for ever then. A child that lives on keeps the error stream open."""
+    """asyncio alone waits for ever then."""
+    folder, pipe, nowhere = Path(__file__).parent, subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-c", ABANDON]
     process = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, timeout=30, check=False
+        command, cwd=folder, stdout=pipe, stderr=nowhere, timeout=45, check=False
     )
     assert process.stdout == b"ended\n"
 
@@ -392,50 +367,39 @@ def test_finish_is_that_of_chapter_03() -> None:
 # --- open_all ---
 
 
-@contextmanager
-def noting(log: list[str], name: str) -> Iterator[str]:
-    log.append(f"+{name}")
-    try:
-        yield name
-    finally:
-        log.append(f"-{name}")
+@pytest.mark.asyncio
+async def test_open_all_opens_in_order_and_closes_in_reverse() -> None:
+    """Sync and async managers alike. After a failure it does not even create one."""
+    log: list[str] = []
 
-
-def noting_factories(log: list[str], names: str) -> list[Callable[[], Any]]:
-    """For each name one manager; every second one is an async one."""
+    @contextmanager
+    def noting(name: str) -> Iterator[str]:
+        log.append(f"+{name}")
+        try:
+            yield name
+        finally:
+            log.append(f"-{name}")
 
     @asynccontextmanager
     async def noting_async(name: str) -> AsyncIterator[str]:
-        with noting(log, name):
+        with noting(name):
             await asyncio.sleep(0)
             yield name
 
-    kinds: list[Callable[..., Any]] = [partial(noting, log), noting_async]
-    return [partial(kinds[number % 2], name) for number, name in enumerate(names)]
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("names", ["", "a", "abcde"])
-async def test_open_all_opens_in_order_and_closes_in_reverse(names: str) -> None:
-    log: list[str] = []
-    async with chapter.open_all(noting_factories(log, names)) as values:
-        assert values == list(names)
-    assert log == [f"+{name}" for name in names] + [f"-{name}" for name in reversed(names)]
-
-
-@pytest.mark.asyncio
-async def test_open_all_creates_nothing_after_a_failure() -> None:
-    log: list[str] = []
-    factories = [*noting_factories(log, "ab"), failing, partial(pytest.fail, "created")]
+    factories: list[Callable[[], Any]] = [partial(noting, "a"), partial(noting_async, "b")]
+    async with chapter.open_all(iter(factories)) as values:
+        assert values == ["a", "b"]
     with pytest.raises(OSError, match="injected"):
-        async with chapter.open_all(factories):
+        async with chapter.open_all([*factories, failing, partial(pytest.fail, "created")]):
             pytest.fail("entered")
-    assert log == ["+a", "+b", "-b", "-a"]
+    assert log == 2 * ["+a", "+b", "-b", "-a"]
+    async with chapter.open_all([]) as values:
+        assert values == []
 
 
 @pytest.mark.asyncio
-async def test_open_all_takes_an_iterator_and_lets_a_manager_suppress() -> None:
-    async with chapter.open_all(iter([lambda: suppress(ValueError)])):
+async def test_open_all_lets_a_manager_suppress() -> None:
+    async with chapter.open_all([lambda: suppress(ValueError)]):
         raise ValueError("suppressed")
 
 
@@ -456,54 +420,52 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     return play
 
 
-VERDICTS = {
-    "demo_set_up_fails": [
-        "✗ `by_hand`: the lock file stays, and blocks the next run.",
-        "✓ `nested`: the lock is released.",
-        "✓ `stacked`: the lock is released.",
-    ],
-    "demo_any_number": [
-        f"✗ `in_a_loop`: {3 * ['ConnectionResetError']}",
-        f"✓ `in_open_all`: {3 * ['HELLO']}",
-    ],
-    "demo_optional": [
-        "✗ `add_and_close`: the notes are ['one', 'two'].",
-        "✓ `add`: the notes are ['one', 'two', 'three'].",
-    ],
-    "demo_hand_over": [
-        "✗ `CarelessTranslator`: the answer is ConnectionResetError; left in the folder: [].",
-        "✓ `Translator`: the answer is HELLO; left in the folder: [].",
-    ],
-    "demo_cancelled": [
-        "✗ `patient_child`: the child's exit status after the block is None.",
-        "✓ `spawn`: the child's exit status after the block is -9.",
-    ],
+# Each demo's verdicts, and for some lines of code the numbers beside them, of each run that
+# reached them: the last such line above the verdict.
+SHOWN: dict[str, dict[str, dict[str, list[str]]]] = {
+    "demo_set_up_fails": {
+        "✗ `by_hand`: the lock file stays, and blocks the next run.": {
+            "lock.touch(exist_ok=False)": ["2", "2"],
+            "lock.unlink()": ["10"],
+        },
+        "✓ `nested`: the lock is released.": {},
+        "✓ `stacked`: the lock is released.": {
+            "async with AsyncExitStack() as stack:": ["1 6", "1 4"],  # left last
+        },
+    },
+    "demo_any_number": {
+        f"✗ `in_a_loop`: {3 * ['ConnectionResetError']}": {},
+        f"✓ `in_open_all`: {3 * ['HELLO']}": {},
+    },
+    "demo_optional": {
+        "✗ `add_and_close`: the notes are ['one', 'two'].": {},
+        "✓ `add`: the notes are ['one', 'two', 'three'].": {
+            "notes = stack.enter_context(database(path))": ["3"],
+        },
+    },
+    "demo_hand_over": {
+        "✗ `CarelessTranslator`: the answer is ConnectionResetError; left in the folder: [].": {},
+        "✓ `Translator`: the answer is HELLO; left in the folder: [].": {},
+    },
+    "demo_cancelled": {
+        "✗ `patient_child`: the child's exit status after the block is None.": {
+            "await asyncio.wait_for(process.wait(), timeout=1)": ["5"],
+            "process.kill()": [""],
+        },
+        "✓ `spawn`: the child's exit status after the block is -9.": {"transport.close()": ["8"]},
+    },
 }
 
 
-@pytest.mark.parametrize("demo", VERDICTS)
-def test_a_demo_shows_what_is_lost(demo: str, played: Callable[[str], str]) -> None:
-    lines = played(demo).splitlines()
-    assert [line for line in lines if line.startswith(("✗", "✓"))] == VERDICTS[demo]
-
-
-def row(printed: str, code: str) -> list[str]:
-    """The numbers beside the last line with this code: one text for each run that reached it."""
-    line = [line for line in printed.splitlines() if line.strip().startswith(code)][-1]
-    return re.split(r"\s{2,}", line.partition(code)[2].strip())
-
-
-def test_the_paths_show_which_cleanup_never_ran(played: Callable[[str], str]) -> None:
-    by_hand, _verdict, stacked = played("demo_set_up_fails").partition("✗")
-    assert row(by_hand, "lock.touch(exist_ok=False)") == ["2", "2"]
-    assert row(by_hand, "lock.unlink()") == ["10"]
-    assert row(stacked, "async with AsyncExitStack() as stack:") == ["1 6", "1 4"]  # left last
-    patient, spawned = played("demo_cancelled").split("✗")
-    assert row(patient, "await asyncio.wait_for(process.wait(), timeout=1)") == ["5"]
-    assert row(patient, "process.kill()") == [""]
-    assert row(spawned, "transport.close()") == ["8"]
-    optional = played("demo_optional")
-    assert row(optional, "notes = stack.enter_context(database(path))") == ["3"]
+@pytest.mark.parametrize("demo", SHOWN)
+def test_a_demo_shows_what_is_lost_and_the_path(demo: str, played: Callable[[str], str]) -> None:
+    shown = played(demo)
+    assert re.findall("^[✗✓] .*$", shown, re.MULTILINE) == list(SHOWN[demo])
+    for verdict, rows in SHOWN[demo].items():
+        above, _verdict, shown = shown.partition(verdict)
+        for code, numbers in rows.items():
+            line = [line for line in above.splitlines() if line.strip().startswith(code)][-1]
+            assert re.split(r"\s{2,}", line.partition(code)[2].strip()) == numbers
 
 
 def test_a_child_that_cannot_start_closes_the_ones_before_it(
@@ -518,29 +480,16 @@ def test_a_child_that_cannot_start_closes_the_ones_before_it(
 
 def test_the_order_of_failures_is_the_one_that_python_makes(played: Callable[[str], str]) -> None:
     """The gap of the real stack is shown as it is on this Python: it may be closed one day."""
-
-    lost = 2 - len(asyncio.run(chapter.errors_of(chapter.on_a_stack(None))))
     shown = played("demo_order_of_failures")
-    verdicts = [line for line in shown.splitlines() if line.startswith(("✗", "✓"))]
-    assert verdicts == [
+    lost = 2 - len(asyncio.run(chapter.errors_of(chapter.on_a_stack(None))))
+    raised = ["OSError('first')", "↑ OSError('second')", "↑ ValueError('block')"]
+    group = ["ExceptionGroup('flush_all', [OSError('second'), OSError('first')])", raised[2]]
+    assert re.findall(r"^│ \w* +│ (.*?) +│", shown, re.MULTILINE) == [*raised, *raised, *group]
+    assert re.findall("^[✗✓] .*$", shown, re.MULTILINE) == [
         "✓ `nested_try`: 5 of 5 errors reach the caller.",
         f"{'✗' if lost else '✓'} `on_a_stack`: {5 - lost} of 5 errors reach the caller.",
         "✓ `in_a_group`: 5 of 5 errors reach the caller.",
     ]
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("block", [None, ValueError("block")])
-async def test_the_last_error_reaches_the_caller_with_its_context(block: Exception | None) -> None:
-    last = [] if block is None else ["ValueError('block')"]
-    nested = [repr(error) for error in await chapter.errors_of(chapter.nested_try(block))]
-    assert nested == ["OSError('first')", "OSError('second')", *last]
-    if block:
-        stacked = [repr(error) for error in await chapter.errors_of(chapter.on_a_stack(block))]
-        assert stacked == nested
-    group, *others = await chapter.errors_of(chapter.in_a_group(block))
-    assert [str(error) for error in group.exceptions] == ["second", "first"]
-    assert others == [error for error in [block] if error]
 
 
 def test_the_decision_table_names_the_demo_of_each_row(played: Callable[[str], str]) -> None:

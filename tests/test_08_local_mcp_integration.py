@@ -6,7 +6,9 @@ Most servers are QUICK below, real processes without the SDK: they start in 30 m
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
+import logging
 import os
 import pickle
 import re
@@ -16,8 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,35 +38,35 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import Tool
 from openai import APIStatusError, AsyncOpenAI
 from starlette.responses import JSONResponse
+from waiting import until
 
 chapter: Any = load_chapter(8)
 ServerError = chapter.ServerError
 text_of = chapter.result_text
+INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 Quick = Callable[..., Any]
 Said = Callable[[], list[str]]
+Jump = Callable[[Callable[[], object]], Coroutine[Any, Any, None]]
 
 QUICK = """\
-import json, os, signal, subprocess, sys, time
+import fcntl, json, os, signal, subprocess, sys, time
 
 words = sys.argv[1:]
+def ignore(*signal_and_frame):
+    print("ignores-sigterm", file=sys.stderr, flush=True)
+
 if "ignores-sigterm" in words:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore)
 if "crashes" in words:
     sys.exit("no luck at all\\n  | no luck today\\n  +------\\n")
 for word in {"spawns", "daemon"} & set(words):  # each holds all three pipes
     sleep = ["sleep", str(10**6 + os.getpid())]
     subprocess.Popen(sleep, start_new_session=word == "daemon")
-for word in words:
-    if word.startswith("meets="):  # answers no one until so many others have come, too
-        folder, number = word[6:].split(",")
-        open(os.path.join(folder, str(os.getpid())), "w").close()
-        while len(os.listdir(folder)) < int(number):
-            time.sleep(0.002)
 
 tools = [{"name": name, "inputSchema": {"type": "object"}} for name in
-         "echo pid dies waits grows refuses lies babbles garbles".split()]
+         "echo pid dies waits grows refuses lies babbles garbles quits get_current_time".split()]
 tools[6]["outputSchema"] = {"type": "object", "required": ["truth"]}
 
 def send(**message):
@@ -85,6 +87,10 @@ def call(name, arguments):
         return {"error": {"code": -32000, "message": "not today"}}
     elif name == "garbles":
         os.write(1, b"\\xff is not a message\\n")
+        os.write(2, b"x" * 200_000)  # more than a pipe holds: somebody must read it
+    elif name == "quits":
+        fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 2**20)
+        text = "x" * 900_000  # all of it is in the pipe when it exits
     while name == "babbles":
         os.write(1, b"x" * 65536)
     return {"result": {"content": [{"type": "text", "text": text}], "structuredContent": {}}}
@@ -111,15 +117,26 @@ for line in sys.stdin:
         answer = call(params["name"], params.get("arguments"))
     if "id" in request and answer:
         send(id=request["id"], **answer)
+    if params.get("name") == "quits":
+        os._exit(0)
 for word in words:
     if word.startswith("farewell="):
         for _line in range(3000):  # more than a pipe holds
             send(method="notifications/farewell")
         open(word[9:], "w").close()
 while "ignores-eof" in words:
+    print("ignores-eof", file=sys.stderr, flush=True)
     time.sleep(1000)
 """
 QUICK += f"# for the tests in process {os.getpid()}\n"
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs() -> Iterator[None]:
+    """A test that hangs shows where, and ends all."""
+    faulthandler.dump_traceback_later(45, exit=True, file=sys.__stderr__ or 2)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -128,8 +145,19 @@ def quick(monkeypatch: Patch) -> Iterator[Quick]:
 
     It speaks the older protocol, so "auto" asks it once for the newer one in vain. It has 0.1 s
     each to heed the end of its input and SIGTERM, instead of 2 s. After the test no such server may
-    be alive, whoever its parent is by then.
+    be alive, whoever its parent is by then, and no pipe was closed while the loop watched it.
     """
+    closed, loop = list[int](), asyncio.SelectorEventLoop
+
+    def checked(remove: Callable[[Any, int], bool]) -> Callable[[Any, int], bool]:
+        def checked_remove(loop: Any, descriptor: int) -> bool:
+            closed.extend({descriptor} - {*open_descriptors()})
+            return remove(loop, descriptor)
+
+        return checked_remove
+
+    monkeypatch.setattr(loop, "remove_reader", checked(loop.remove_reader))
+    monkeypatch.setattr(loop, "remove_writer", checked(loop.remove_writer))
     monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 0.1)
     monkeypatch.setattr("mcp.shared.jsonrpc_dispatcher._ABANDON_WRITE_TIMEOUT", 0.1)
 
@@ -138,6 +166,7 @@ def quick(monkeypatch: Patch) -> Iterator[Quick]:
         return chapter.ServerConfig(command=command, args=args, **options)
 
     yield config
+    assert not closed
     assert not [group for group, command in processes() if QUICK in command]
 
 
@@ -164,11 +193,31 @@ def said(caplog: pytest.LogCaptureFixture) -> Said:
     return lambda: [f"{name}: {text}" for name, _level, text in caplog.record_tuples]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for something that will come; not at all if it has."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+@pytest.fixture
+def kills(monkeypatch: Patch) -> list[tuple[int, int, str]]:
+    """What the hub kills: group, signal, and what its leader is then ("zombie" if it has ended)."""
+    sent, killpg = list[tuple[int, int, str]](), os.killpg
+
+    def kill(group: int, number: int) -> None:
+        sent.append((group, number, child_processes().get(group, "gone")))
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", kill)
+    return sent
+
+
+@pytest.fixture
+def jump(monkeypatch: Patch) -> Jump:
+    """Lets 31 s pass for the event loop once a condition holds: a limit of 30 s is reached."""
+    passed, real = 0.0, asyncio.BaseEventLoop.time
+    monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: real(loop) + passed)
+
+    async def after(condition: Callable[[], object]) -> None:
+        nonlocal passed
+        await until(condition)
+        passed += 31
+
+    return after
 
 
 def states(changes: list[str]) -> Callable[[Any], None]:
@@ -243,34 +292,33 @@ def test_a_bad_configuration_is_one_line(tmp_path: Path, given: object, words: l
 # --- The contract, and starting ---
 
 
-@pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", ASYNC_WAYS)
 def test_the_hub_keeps_the_cleanup_contract(way: Way, quick: Quick) -> None:
-    servers = {"a": quick(mode="legacy"), "b": (other := quick())}
+    """With a child and a server in this process."""
     before: dict[Any, str] = {}
+    slow = Slow(0)
+    servers = {"a": (child := quick(mode="legacy")), "b": slow.server}
 
     def connected() -> Any:
         before.update({} if before else left())  # here: the event loop has descriptors of its own
         return chapter.connect(servers)
 
+    def leaks() -> object:
+        there = [what for key, what in left().items() if before and key not in before]
+        return there or (slow.opened != slow.closed and "a lifespan")
+
     subject = Subject(
         open=connected,
-        leaks=lambda: [what for key, what in left().items() if before and key not in before],
+        leaks=leaks,
         use=echo,
         closed_error=ServerError,
         setup_faults=[
-            partial(mock.patch.dict, vars(other), command=command)
+            partial(mock.patch.dict, vars(child), command=command)
             for command in ("/no/such/program", "false")
         ],
+        cleanup_faults="a server that fails to end is given up or killed: that is no error",
     )
     way(subject)
-
-
-@pytest.mark.asyncio
-async def test_servers_start_at_the_same_time(quick: Quick, tmp_path: Path) -> None:
-    """None of them answers before all three run: in turn, the first would never be ready."""
-    servers = {name: quick(f"meets={tmp_path},3") for name in "abc"}
-    async with chapter.connect(servers) as hub:
-        assert {status.state for status in hub.statuses.values()} == {"ready"}
 
 
 @pytest.mark.asyncio
@@ -283,7 +331,7 @@ async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
         assert (status.name, status.state, status.error) == ("a", "ready", "")
         assert status.pid == int(text_of(await hub.call("a", "pid")))
         assert status.startup > 0
-        assert [tool.name for tool in status.tools][-1:] == ["garbles"]  # on the last page
+        assert [tool.name for tool in status.tools][-2:] == ["quits", "get_current_time"]
         assert hub.tools == {"a": status.tools}
     assert sorted(changes) == [("a", "ready"), ("a", "stopped"), ("b", "failed")]
     assert {name: status.pid for name, status in hub.statuses.items()} == {"a": None, "b": None}
@@ -291,15 +339,20 @@ async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
 
 @pytest.mark.parametrize("probed", ["silent", "dies"])
 @pytest.mark.asyncio
-async def test_a_server_that_fears_the_newer_protocol_starts(quick: Quick, probed: str) -> None:
+async def test_a_server_that_fears_the_newer_protocol_starts(
+    quick: Quick, said: Said, jump: Jump, probed: str
+) -> None:
+    silence = asyncio.create_task(jump(said)) if probed == "silent" else None
     servers = {"a": quick(f"{probed}-at=server/discover", "ignores-eof")}
-    async with chapter.connect(servers, startup_timeout=4.0) as hub:
+    async with chapter.connect(servers, startup_timeout=60) as hub:
         await echo(hub)
+    if silence:
+        await silence
 
 
 # In each case: how the server misbehaves or is configured, and what the user is told.
-LATE = "was not ready within 0.4 s"
-ENDLESS = "ValueError: its list of tools has no end: "
+LATE = r"was not ready within 30 s(; its last words: .*)?"
+ENDLESS = "ValueError: its list of tools has no end: there is more after 100 pages"
 BAD_STARTS: dict[str, tuple[str, Any, str]] = {
     "program": ("", {"command": "no-such-program"}, "No such file or directory: no-such-program"),
     "directory": ("", {"cwd": "/no/such/folder"}, "No such file or directory: /no/such/folder"),
@@ -308,6 +361,7 @@ BAD_STARTS: dict[str, tuple[str, Any, str]] = {
     "crash at tools/list": ("dies-at=tools/list", {}, "ended"),
     "silent at initialize": ("silent-at=initialize ignores-eof ignores-sigterm", {}, LATE),
     "silent at tools/list": ("silent-at=tools/list", {}, LATE),
+    "dead at the second try": ("silent-at=server/discover dies-at=initialize", {}, "ended"),
     "endless list": ("endless", {}, ENDLESS),
     "repeated cursor": ("endless repeats", {}, ENDLESS),
 }
@@ -315,38 +369,52 @@ BAD_STARTS: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize(("words", "options", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
 @pytest.mark.asyncio
-async def test_a_failed_start_is_named(quick: Quick, words: str, options: Any, told: str) -> None:
+async def test_a_failed_start_is_named(
+    quick: Quick, said: Said, jump: Jump, words: str, options: Any, told: str
+) -> None:
     """The other servers stop if it is required, and go on if it is optional."""
     seen: list[Any] = []
 
-    def connected(**more: Any) -> Any:
+    @asynccontextmanager
+    async def connected(**more: Any) -> AsyncIterator[Any]:
+        silences = len(said())
+        late = [jump(lambda: seen and len(said()) > silences)] if "silent" in words else []
+        jumps = [asyncio.create_task(each) for each in late]
         servers = {"a": quick(mode="legacy"), "bad": quick(*words.split(), **options, **more)}
-        timeout = 0.4 if told is LATE else 30.0
-        return chapter.connect(servers, startup_timeout=timeout, on_change=seen.append)
+        limit = 30 if told is LATE else 60
+        try:
+            connected = chapter.connect(servers, startup_timeout=limit, on_change=seen.append)
+            async with connected as hub:
+                yield hub
+        finally:
+            await asyncio.gather(*jumps)
 
     with pytest.raises(ServerError) as caught:
         async with connected():
             pytest.fail("was entered")
-    assert str(caught.value).startswith(f"MCP server 'bad' did not start: {told}")
+    assert re.fullmatch(f"MCP server 'bad' did not start: {told}", str(caught.value))
     assert caught.value.server == "bad"
     assert (seen[-1].name, seen[-1].state) == ("a", "stopped")
+    seen.clear()
     async with connected(required=False) as hub:
         await echo(hub)
         assert hub.statuses["bad"].state == "failed"
         assert list(hub.tools) == ["a"]
         with pytest.raises(ServerError, match=r"'bad' is failed: ") as caught:
             await hub.call("bad", "echo")
-        assert told in str(caught.value)
+        assert re.fullmatch(f".*: {told}", str(caught.value))
         assert await hub.check() == {"bad": str(caught.value)}
 
 
 @pytest.mark.asyncio
-async def test_a_required_failure_does_not_wait_for_the_others(quick: Quick) -> None:
+async def test_servers_start_together_and_a_failure_stops_the_others_at_once(
+    quick: Quick, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", 60)
     servers = {"slow": quick("silent-at=initialize"), "bad": quick("crashes")}
     with pytest.raises(ServerError, match="'bad' did not start"):
-        async with asyncio.timeout(8):
-            async with chapter.connect(servers, startup_timeout=60):
-                pytest.fail("was entered")
+        async with asyncio.timeout(30), chapter.connect(servers, startup_timeout=60):
+            pytest.fail("was entered")
 
 
 @pytest.mark.asyncio
@@ -359,7 +427,7 @@ async def test_with_no_descriptor_left_connect_fails(quick: Quick) -> None:
         for limit in range(first_free, first_free + 100):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             with suppress(ServerError):
-                async with asyncio.timeout(8), chapter.connect({"a": quick(mode="legacy")}) as hub:
+                async with chapter.connect({"a": quick(mode="legacy")}) as hub:
                     await echo(hub)
                     break
             failed += 1
@@ -376,7 +444,7 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ("x", {}, "has no tool 'x'; it has: echo, pid, dies, "),
     ("refuses", {}, "failed at tool 'refuses': MCPError: not today"),  # with code -32000
     ("lies", {}, "failed at tool 'lies': RuntimeError: Invalid structured content"),
-    ("waits", {}, "did not answer tool 'waits' within 0.5 s"),
+    ("waits", {}, "did not answer tool 'waits' within 30 s"),
     ("echo", {"text": "\ud800"}, "cannot be sent these arguments: Error serializing to JSON: "),
     ("echo", {"text": object()}, "cannot be sent these arguments: Unable to serialize unknown"),
     ("echo", {1: 2}, "cannot be sent these arguments: Pydantic"),
@@ -386,14 +454,12 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
 ]
 
 
-def test_half_a_character_in_a_result_can_be_sent_to_a_model() -> None:
-    result = chapter.CallToolResult(content=[chapter.TextContent(type="text", text="\udc80 x")])
-    assert text_of(result) == "? x"
-
-
 @pytest.mark.asyncio
-async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(quick: Quick) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.5) as hub:
+async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(
+    quick: Quick, said: Said, jump: Jump
+) -> None:
+    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
+        waited = asyncio.create_task(jump(said))  # "waiting"
         for tool, arguments, told in BAD_CALLS:
             with pytest.raises(ServerError) as caught:
                 await (hub.ask("a", tool) if arguments is None else hub.call("a", tool, arguments))
@@ -405,15 +471,18 @@ async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(quic
             assert hub.statuses["a"].state == "ready"
         with pytest.raises(ServerError, match=r"'c' is not known; there are: a, b$"):
             await hub.call("c", "echo")
+        await waited
 
 
 @pytest.mark.asyncio
 async def test_odd_bytes_do_no_harm_and_last_words_are_heard(
     quick: Quick, tmp_path: Path, said: Said, monkeypatch: Patch
 ) -> None:
-    """A child has time to say goodbye, too."""
+    """A child has time to say goodbye, too, and its last answer arrives."""
     monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 10)
-    async with chapter.connect({"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick()}) as hub:
+    servers = {"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick(), "c": quick()}
+    async with chapter.connect(servers) as hub:
+        assert len(text_of(await hub.call("c", "quits"))) == 900_000
         await hub.call("a", "garbles")
         given = {"text": "\N{SNOWMAN}" * 1_000_000}  # more than a pipe holds
         assert json.loads(text_of(await hub.call("a", "echo", given))) == given
@@ -422,7 +491,7 @@ async def test_odd_bytes_do_no_harm_and_last_words_are_heard(
         with pytest.raises(ServerError):
             await hub.call("b", "dies")
     garbled = "mcp_hub.a: on stdout, but not a message: � is not a message"
-    assert said() == [garbled, "mcp_hub.b: so long"]
+    assert [line for line in said() if "xxx" not in line] == [garbled, "mcp_hub.b: so long"]
     assert (tmp_path / "done").exists()
 
 
@@ -450,37 +519,35 @@ async def test_a_lost_server_is_named(quick: Quick, name: str, monkeypatch: Patc
 @pytest.mark.parametrize(("words", "has_pidfd"), [([], True), (["spawns"], True), ([], False)])
 @pytest.mark.asyncio
 async def test_the_death_of_an_idle_server_is_noticed_when_it_happens(
-    quick: Quick, words: list[str], has_pidfd: bool, monkeypatch: Patch
+    quick: Quick, words: list[str], has_pidfd: bool, kills: list[Any], monkeypatch: Patch
 ) -> None:
     """Even if its own child holds the pipes open; and on macOS.
 
     On Linux, its id stays its own until its group has been killed.
     """
-    killed, changes, killpg = list[int](), list[Any](), os.killpg
-
-    def kill(group: int, number: int) -> None:
-        assert group in child_processes() or not has_pidfd  # as a zombie, it keeps its id
-        killed.append(group)
-        killpg(group, number)
-
-    monkeypatch.setattr(os, "killpg", kill)
+    changes = list[Any]()
     if not has_pidfd:
         monkeypatch.delattr(os, "pidfd_open")
     servers = {"a": quick(*words), "b": quick()}
     async with chapter.connect(servers, on_change=changes.append) as hub:
         pids = [status.pid for status in hub.statuses.values()]
-        os.kill(pids[0], signal.SIGKILL)
+        os.kill(pids[0], KILL)
         await until(lambda: hub.statuses["a"].state == "lost")
     assert [(change.state, change.pid) for change in changes[2:3]] == [("lost", None)]
-    assert killed == pids
+    assert [group for group, number, _what in kills if number == KILL] == pids
+    assert not has_pidfd or "gone" not in [what for _group, _number, what in kills]
 
 
 @pytest.mark.asyncio
-async def test_a_stopped_server_is_an_error_at_the_deadline(quick: Quick) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}, call_timeout=0.2) as hub:
+async def test_a_stopped_server_is_an_error_at_the_deadline(quick: Quick, jump: Jump) -> None:
+    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
         os.kill(hub.statuses["b"].pid, signal.SIGSTOP)
-        with pytest.raises(ServerError, match=r"'b' did not answer tool 'echo' within 0.2 s"):
-            await hub.call("b", "echo", {"more than a pipe holds": "x" * 1_000_000})
+        given = {"more than a pipe holds": "x" * 1_000_000}
+        called = asyncio.create_task(hub.call("b", "echo", given))
+        await asyncio.sleep(0)
+        await jump(lambda: hub._calls)
+        with pytest.raises(ServerError, match=r"'b' did not answer tool 'echo' within 30 s"):
+            await called
         told = "MCP server 'b' did not answer the health check within 0.1 s"
         assert await hub.check(timeout=0.1) == {"b": told}
         await echo(hub)
@@ -507,29 +574,41 @@ def tools_server(lifespan: Any = None) -> MCPServer[Any]:
     async def draws() -> list[Any]:
         return ["a dot:", Image(data=b"dot", format="png")]
 
+    async def halves() -> str:
+        return "\udc80 x"  # half a character, which could not be sent to a model
+
     async def grows(context: Context[Any]) -> None:
         server.add_tool(lambda: "big", name="grown")
         await context.notify_tools_changed()
 
-    for tool in (echo, waits, wakes, fails, draws, grows):
-        server.add_tool(tool, structured_output=False if tool is draws else None)
+    for tool in (echo, waits, wakes, fails, draws, halves, grows):
+        server.add_tool(tool, structured_output=False if tool in (draws, halves) else None)
     return server
 
 
 @pytest.mark.parametrize("kind", ["child", "http", "sse"])
 @pytest.mark.asyncio
-async def test_a_changed_list_of_tools_is_fetched_again(quick: Quick, kind: str) -> None:
-    """By the older protocol and by the newer one."""
-    server, changes = tools_server(), list[str]()
+async def test_a_changed_list_of_tools_is_fetched_again(
+    quick: Quick, kind: str, monkeypatch: Patch
+) -> None:
+    """By the older protocol and by the newer one, which may change before it is listened to."""
+    server, changes, listen = tools_server(), list[str](), chapter.Client.listen
+
+    def late(client: Any, **options: Any) -> Any:
+        server.add_tool(lambda: "early", name="early")
+        return listen(client, **options)
+
+    monkeypatch.setattr(chapter.Client, "listen", late)
     app = server.sse_app() if kind == "sse" else server.streamable_http_app()
     async with http(app) as port:
         config = quick() if kind == "child" else service_at(port, type=kind)
         async with chapter.connect({"a": config}, on_change=states(changes)) as hub:
-            assert "grown" not in {tool.name for tool in hub.tools["a"]}
+            if kind == "http":
+                await until(lambda: hub.tools["a"][-1].name == "early")
             await hub.call("a", "grows")
-            await until(lambda: "grown" in {tool.name for tool in hub.tools["a"]})
+            await until(lambda: hub.tools["a"][-1].name == "grown")
             assert await hub.check() == {}
-    assert changes == ["ready", "ready", "stopped"]
+    assert changes == ["ready"] * (3 if kind == "http" else 2) + ["stopped"]
 
 
 # --- Leaving ---
@@ -552,21 +631,50 @@ async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapp
     os.killpg(daemon, signal.SIGKILL)  # it survived, so this does not raise
 
 
+@pytest.mark.asyncio
+async def test_a_child_is_asked_to_end_before_it_is_killed(
+    quick: Quick, said: Said, jump: Jump, kills: list[Any], monkeypatch: Patch
+) -> None:
+    """By the end of its input, then by SIGTERM, and each time it is waited for."""
+    monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 30)
+    servers = {"a": [], "b": ["ignores-eof"], "c": ["ignores-eof", "ignores-sigterm"]}
+
+    async def limits(name: str) -> None:
+        for word in servers[name]:
+            await jump(lambda: f"mcp_hub.{name}: {word}" in said())  # noqa: B023
+
+    for name, words in servers.items():
+        reached = asyncio.create_task(limits(name))
+        async with chapter.connect({name: quick(*words)}):
+            pass
+        await reached
+    assert [number for _group, number, _what in kills] == [KILL, TERM, KILL, TERM, KILL]
+    assert [what == "zombie" for _group, _number, what in kills] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
 class Slow:
     """An in-process server whose lifespan awaits something when it ends."""
 
-    def __init__(self, seconds: float = 0.05) -> None:
-        self.opened, self.closed, self.seconds = False, False, seconds
+    def __init__(self, seconds: float = 0.05, starts: bool = True) -> None:
+        self.opened, self.closed, self.seconds, self.starts = 0, 0, seconds, starts
         self.server = tools_server(self.lifespan)
 
     @asynccontextmanager
     async def lifespan(self, server: Any) -> AsyncIterator[None]:
-        self.opened = True
+        self.opened += 1
         try:
+            while not self.starts:
+                await asyncio.Event().wait()
             yield
         finally:
             await asyncio.sleep(self.seconds)
-            self.closed = True
+            self.closed += 1
 
 
 @pytest.mark.parametrize("ending", [KeyError("mine"), asyncio.CancelledError("mine")])
@@ -584,51 +692,68 @@ async def test_a_lifespan_in_this_process_has_time_to_end(
     assert slow.closed == (seconds < limit)
 
 
-@pytest.mark.parametrize("kind", ["child", "in-process", "starting"])
-@pytest.mark.parametrize("way", ["timeout", "sibling"])
+@pytest.mark.parametrize(("seconds", "limit"), [(0.05, 10), (1000, 0.05)])
 @pytest.mark.asyncio
-async def test_cancelled_scopes_end_servers(quick: Quick, kind: str, way: str, said: Said) -> None:
+async def test_a_lifespan_that_is_cancelled_in_its_start_has_time_to_end(
+    quick: Quick, seconds: float, limit: float, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", limit)
+    slow = Slow(seconds, starts=False)
+    servers = {"a": slow.server, "b": quick("crashes")}
+    with pytest.raises(ServerError, match="'b' did not start"):
+        async with chapter.connect(servers, startup_timeout=1000):
+            pytest.fail("was entered")
+    assert (slow.opened, slow.closed) == (1, seconds < limit)
+
+
+@pytest.mark.parametrize("moment", ["starting", "waiting"])
+@pytest.mark.asyncio
+async def test_a_cancelled_scope_ends_servers(quick: Quick, moment: str, said: Said) -> None:
     """A scope of anyio cancels all that waits in it, again and again."""
     before, slow, changes = left(), Slow(), list[str]()
-    silent = quick("silent-at=tools/list", mode="legacy")
-    config = {"child": quick(), "in-process": slow.server, "starting": silent}[kind]
+    silent = ["silent-at=tools/list"] if moment == "starting" else []
+    servers = {"a": quick(*silent, mode="legacy"), "b": slow.server}
 
     async def block() -> None:
         try:
-            async with chapter.connect({"a": config}, on_change=states(changes)) as hub:
+            async with chapter.connect(servers, on_change=states(changes)) as hub:
                 await hub.call("a", "waits")
         except asyncio.CancelledError:
             changes.append("cancelled")
             raise
 
     used = time.process_time()
-    with suppress(TimeoutError, ExceptionGroup):
-        with anyio.fail_after(60) as scope:
-            async with anyio.create_task_group() as group:
-                group.start_soon(block)
-                await until(lambda: slow.opened or said() or changes)
-                if way == "sibling":
-                    raise KeyError
-                scope.deadline = 0
-                await anyio.sleep_forever()
-    assert changes[-2:] == ["stopped", "cancelled"]
+    with suppress(ExceptionGroup):
+        async with anyio.create_task_group() as group:
+            group.start_soon(block)
+            await until(lambda: said() and slow.opened)
+            raise KeyError
+    assert changes[-3:] == ["stopped", "stopped", "cancelled"]
     assert slow.closed == slow.opened
     assert left() == before
     assert time.process_time() - used < 2.0  # it has not turned in a circle
 
 
 @pytest.mark.asyncio
-async def test_a_call_under_way_may_finish_and_new_ones_are_refused(quick: Quick) -> None:
-    async with chapter.connect({"a": quick()}, call_timeout=0.3) as hub:
+async def test_a_call_under_way_may_finish_and_new_ones_are_refused(
+    quick: Quick, said: Said, jump: Jump
+) -> None:
+    async def while_it_closes() -> BaseException | None:
+        await until(lambda: said() and quick_one.done())
+        new = asyncio.create_task(hub.call("a", "echo"))
+        await asyncio.wait([new])
+        await jump(lambda: True)
+        return new.exception()
+
+    async with chapter.connect({"a": quick()}) as hub:
         late = asyncio.create_task(hub.call("a", "waits"))
         quick_one = asyncio.create_task(hub.call("a", "echo", {"n": 2}))
+        refused = asyncio.create_task(while_it_closes())
         await asyncio.sleep(0)
     assert late.done()
-    with pytest.raises(ServerError, match=r"did not answer tool 'waits' within 0.3 s"):
-        late.result()
+    assert str(late.exception()).endswith("did not answer tool 'waits' within 30 s")
     assert text_of(quick_one.result()) == '{"n": 2}'
-    with pytest.raises(ServerError, match=r"'a' takes no calls any more: its hub is closed"):
-        await hub.call("a", "echo")
+    assert str(await refused) == "MCP server 'a' takes no calls any more: its hub is closed"
 
 
 @pytest.mark.asyncio
@@ -640,6 +765,8 @@ async def test_a_failing_body_does_not_wait_for_calls(quick: Quick, said: Said) 
             raise KeyError
     with pytest.raises(ServerError, match="'a' was stopped during tool 'waits'"):
         await late
+    with pytest.raises(ServerError, match="its hub is closed"):
+        await hub.call("a", "echo")
 
 
 @pytest.mark.asyncio
@@ -653,80 +780,71 @@ async def test_another_task_than_the_one_that_entered_may_leave(quick: Quick) ->
 
 # --- Signals, for real ---
 
-PROGRAM = """\
-import asyncio, contextlib, importlib, logging, signal, sys
-module, quick, moment, safe = sys.argv[1:]
-chapter = importlib.import_module(module)
-chapter.EXIT_TIMEOUT = 0.2
 
-def server(*words):
-    return chapter.ServerConfig(command=sys.executable, args=["-S", "-E", "-c", quick, *words])
-
-async def main():
-    start = ["silent-at=tools/list"] if moment == "silent" else []
-    stubborn = server("ignores-eof", "ignores-sigterm", "spawns", *start)
-    with chapter.cancelled_by_signals() if safe else contextlib.nullcontext():
-        async with chapter.connect({"a": stubborn, "b": server("ignores-eof")}) as hub:
-            if moment == "waiting":
-                await hub.call("a", "waits")
-            print("leaving", file=sys.stderr, flush=True)
-        print("not interrupted")
-
-logging.basicConfig(level="INFO", format="%(message)s")
-print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)
-try:
-    asyncio.run(main())
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-AS_A_JOB = ["sh", "-c", '"$@" & child=$!; echo $child; wait $child', "sh"]
+def terminated(number: int, frame: Any) -> None:
+    pytest.fail(f"signal {number} was not handled")
 
 
 @pytest.mark.parametrize(
-    ("moment", "signals", "job", "safe"),
+    ("moment", "signals", "ignored", "safe"),
     [
-        ("silent", ["SIGINT", "SIGINT"], False, "safe"),  # while it starts
-        ("leaving", ["SIGINT", "SIGINT"], False, "safe"),
-        ("silent", ["SIGHUP", "SIGTERM"], False, "safe"),
-        ("waiting", ["SIGTERM"], True, "safe"),  # a shell's `&` has it ignore SIGINT
-        ("waiting", ["SIGINT"], False, ""),
+        ("silent", [INT, INT], False, True),  # while it starts
+        ("leaving", [INT, INT], False, True),
+        ("silent", [HUP, TERM], False, True),
+        ("waiting", [INT], True, True),  # a shell's `&` has it ignore SIGINT
+        ("waiting", [INT], False, False),
     ],
 )
-@pytest.mark.usefixtures("quick")  # which sees to it that no server is left
-def test_no_child_outlives_signals(moment: str, signals: list[str], job: bool, safe: str) -> None:
+def test_no_child_outlives_signals(
+    quick: Quick, said: Said, moment: str, signals: list[int], ignored: bool, safe: bool
+) -> None:
     """One Ctrl-C does no harm without `cancelled_by_signals`; a second one may strike anywhere."""
-    path, pipe = chapter_path(8), subprocess.PIPE
-    command = [sys.executable, "-c", PROGRAM, path.stem, QUICK, moment, safe]
-    command = [*(AS_A_JOB if job else []), *command]
-    run: Any = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=path.parent)
-    with run:
-        pid = int(run.stdout.readline()) if job else run.pid
-        while run.stderr.readline() != f"{moment}\n":
-            assert run.poll() is None
-        for name in signals:
-            os.kill(pid, getattr(signal, name))
-            asyncio.run(until(lambda: not pending(pid)))
-        output, errors = run.communicate(timeout=20)
-    assert (run.returncode, output) == (130, f"{job}\n")
-    assert "Traceback" not in errors or not safe
+    start = ["silent-at=tools/list"] if moment == "silent" else []
+    stubborn = quick("ignores-eof", "ignores-sigterm", "spawns", *start)
+    strikes: list[asyncio.Task[None]] = []
 
+    async def strike(task: asyncio.Task[Any]) -> None:
+        await until(lambda: f"mcp_hub.a: {moment}" in said())
+        for number in signals:
+            signal.raise_signal(number)
+            cancelled = task.cancelling()
+            await until(lambda: not safe or task.cancelling() > cancelled)  # noqa: B023
 
-def pending(pid: int) -> int:
-    """The signals that a process was sent and has not taken."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(dict(line.split(":\t", 1) for line in status.splitlines())["ShdPnd"], 16)
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task
+        strikes.append(asyncio.create_task(strike(task)))
+        with chapter.cancelled_by_signals() if safe else nullcontext():
+            async with chapter.connect({"a": stubborn, "b": quick("ignores-eof")}) as hub:
+                if moment == "waiting":
+                    await hub.call("a", "waits")
+                logging.getLogger("mcp_hub.a").info("leaving")
+        await asyncio.Event().wait()
+
+    handlers: dict[int, Any] = {INT: signal.default_int_handler, TERM: terminated, HUP: terminated}
+    handlers[INT] = signal.SIG_IGN if ignored else signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(main())
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not strikes[0].cancelled()
+    assert not [line for line in said() if line.startswith("asyncio: ")]
 
 
 @pytest.mark.asyncio
-async def test_the_handlers_of_signals_are_restored() -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    for raises in (None, KeyError, asyncio.CancelledError):
-        with suppress(KeyError, asyncio.CancelledError):
-            with chapter.cancelled_by_signals():
-                if raises:
-                    raise raises
-        assert [signal.getsignal(number) for number in numbers] == before
+@pytest.mark.parametrize("raised", [KeyError, asyncio.CancelledError])
+async def test_without_a_signal_an_error_passes(raised: type[BaseException]) -> None:
+    before = signal.getsignal(TERM)
+    with pytest.raises(raised), chapter.cancelled_by_signals():
+        assert signal.getsignal(TERM) != before
+        raise raised
+    with chapter.cancelled_by_signals():
+        pass
+    assert signal.getsignal(TERM) == before
 
 
 # --- Over HTTP ---
@@ -735,7 +853,7 @@ async def test_the_handlers_of_signals_are_restored() -> None:
 @asynccontextmanager
 async def http(app: Any, port: int = 0) -> AsyncIterator[int]:
     """Serve an ASGI app on loopback, from this very loop; yields its port."""
-    config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=0)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", port)) as listening:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -770,27 +888,14 @@ def service_at(port: int, **options: Any) -> Any:
     return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/{path}", **options)
 
 
-@pytest.mark.parametrize("other", ["", "crashes"])
-@pytest.mark.asyncio
-async def test_headers_are_sent_and_the_session_is_ended(quick: Quick, other: str) -> None:
-    """Even if another server does not start."""
-    requests: list[str] = []
-    async with http(service(requests)) as port:
-        config = service_at(port, headers={"X-Token": "secret"}, mode="legacy")
-        with suppress(ServerError):
-            async with chapter.connect({"a": config, "b": quick(other)}) as hub:
-                await echo(hub)
-    assert requests[-1] == "DELETE 200 secret"
-
-
 @pytest.mark.asyncio
 async def test_a_service_that_went_away_is_reached_again_by_the_next_call(quick: Quick) -> None:
     """By the same call if the service is back, but has forgotten our session."""
     changes, requests = list[str](), list[str]()
     async with AsyncExitStack() as stack:
         async with http(service([])) as port:
-            servers = {"a": service_at(port, mode="legacy"), "b": quick()}
-            connected = chapter.connect(servers, on_change=states(changes))
+            config = service_at(port, headers={"X-Token": "secret"}, mode="legacy")
+            connected = chapter.connect({"a": config, "b": quick()}, on_change=states(changes))
             hub = await stack.enter_async_context(connected)
             await echo(hub)
         async with http(service(requests), port):
@@ -800,11 +905,12 @@ async def test_a_service_that_went_away_is_reached_again_by_the_next_call(quick:
             with pytest.raises(ServerError, match=f"'a' {problem}: ConnectError: "):
                 await hub.call("a", "echo", {"n": 1})
         await echo(hub, "b")
-        async with http(service([]), port):
+        async with http(service(requests), port):
             assert await hub.check() == {}
             await echo(hub)
             await stack.aclose()
-    assert requests.count("POST 404 none") == 1
+    assert requests.count("POST 404 secret") == 1
+    assert requests[-1] == "DELETE 200 secret"  # the session is ended
     forgotten, down = ["lost", "starting", "ready"], ["lost", "starting", "failed"]
     back = ["starting", "ready", "stopped", "stopped"]
     assert changes == ["ready", "ready", *forgotten, *down, *back]
@@ -893,6 +999,7 @@ ANSWERS: list[tuple[str, object, str]] = [
     ("t__wakes", "", '{"result": null}'),
     ("t__fails", "", "Error: Error executing tool fails: no luck"),
     ("t__draws", "", r"a dot:\n\[image left out\]"),
+    ("t__halves", "", r"\? x"),
     ("t__echo", "", '{"n": 0}'),
     ("t__ecco", "{}", "Error: no such tool; there are: t__echo, t__waits, .*"),
     ("t__echo", '{"n": "x', "Error: not a JSON object: Invalid JSON: EOF.*"),
@@ -916,20 +1023,21 @@ async def test_tools_run_together_and_answers_and_mistakes_come_in_order() -> No
     assert requests[1]["messages"] == [USER, *new[:-1]]
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
 @pytest.mark.asyncio
-async def test_the_rounds_of_tools_are_limited(rounds: int) -> None:
-    hub = stub(a=["b"])
-    script = [asks(("a__b", "{}"))] * 9
-    with pytest.raises(chapter.ReplyError, match=f"asked for tools more than {rounds} times"):
-        await talk(*script, hub=hub, max_rounds=rounds)
-    assert hub.call.await_count == rounds
-    new, _requests = await talk(*script[:rounds], DONE, hub=hub, max_rounds=rounds)
-    assert new[-1]["content"] == "Done."
+async def test_the_rounds_of_tools_are_limited() -> None:
+    for rounds in (0, 2):
+        hub = stub(a=["b"])
+        script = [asks(("a__b", "{}"))] * 9
+        with pytest.raises(chapter.ReplyError, match=f"asked for tools more than {rounds} times"):
+            await talk(*script, hub=hub, max_rounds=rounds)
+        assert hub.call.await_count == rounds
+        new, _requests = await talk(*script[:rounds], DONE, hub=hub, max_rounds=rounds)
+        assert new[-1]["content"] == "Done."
 
 
 BAD_REPLIES: list[Any] = [  # others: in test_hostile_endpoints.py
     httpx2.Response(200, text="[" * 99999),
+    httpx2.Response(200, json={"choices": [{"message": {"content": "Half"}}]}),
     {"content": "x", "tool_calls": {"a": "b"}},
     {"tool_calls": [{"function": {"name": "a__b", "arguments": "{}"}}]},  # without id
     {"tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "a__b"}}]},
@@ -978,7 +1086,11 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(("number", "shown"), SHOWN.items(), ids=SHOWN)
-def test_what_a_demo_shows(number: str, shown: str, monkeypatch: Patch, capsys: Capture) -> None:
+def test_what_a_demo_shows(
+    number: str, shown: str, quick: Quick, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """A quick server stands in for the server of times, which test_scripts.py plays."""
+    monkeypatch.setattr(chapter, "TIME", {"command": sys.executable, "args": quick().args})
     monkeypatch.setattr(sys, "argv", ["08.py", number])
     assert chapter.main() == 0
     out, err = capsys.readouterr()
@@ -986,23 +1098,20 @@ def test_what_a_demo_shows(number: str, shown: str, monkeypatch: Patch, capsys: 
     assert err == ""
 
 
-def test_windows_ends_the_script_with_one_line(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(sys, "argv", ["08.py", "1"])
-    with pytest.raises(SystemExit, match="2"):
-        chapter.main()
-    told = "08.py: error: Windows is left out: its event loop cannot watch a pipe\n"
-    assert capsys.readouterr().err.endswith(told)
-
-
-def test_the_script_is_imported_on_windows_and_without_openai() -> None:
-    """A server that is started needs no client of a model."""
+def test_on_windows_the_script_ends_with_one_line() -> None:
+    """It can be imported there. A server that is started imports no client of a model."""
     program = f"""if True:
         import mcp, os, runpy, signal, sys
         del os.killpg, os.pidfd_open, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP
-        runpy.run_path({str(chapter_path(8))!r})
-        sys.exit("openai" in sys.modules)"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+        chapter = runpy.run_path({str(chapter_path(8))!r})
+        print("openai" in sys.modules)
+        sys.platform, sys.argv = "win32", ["08.py", "1"]
+        chapter["main"]()"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    told = "08.py: Windows is left out: its event loop cannot watch a pipe\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "False\n", told)
 
 
 @pytest.mark.asyncio
@@ -1012,13 +1121,11 @@ async def test_only_text_files_below_the_root_are_read(tmp_path: Path) -> None:
     (root / "data").write_bytes(b"\xff")
     (tmp_path / "secret").write_text("secret")
     (root / "link").symlink_to(tmp_path / "secret")
+    told = {"gpu.py": "GPU = 1\n"}
+    for path in ("../secret", "link", str(tmp_path / "secret")):
+        told[path] = f"{path!r} is outside the root: use a path below it"
+    for path in ("data", ".", "no such file", "a\0b"):
+        told[path] = f"cannot read {path!r}: "
     async with chapter.connect({"files": chapter.files_server(root)}) as hub:
-
-        async def read(path: str) -> str:
-            return str(chapter.result_text(await hub.call("files", "read", {"path": path})))
-
-        assert await read("gpu.py") == "GPU = 1\n"
-        for path in ("../secret", "link", str(tmp_path / "secret")):
-            assert f"{path!r} is outside the root: use a path below it" in await read(path)
-        for path in ("data", ".", "no such file", "a\0b"):
-            assert f"cannot read {path!r}: " in await read(path)
+        for path, text in told.items():
+            assert text in text_of(await hub.call("files", "read", {"path": path}))
