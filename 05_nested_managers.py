@@ -350,7 +350,7 @@ def was_refused(error: openai.OpenAIError) -> bool:
     """
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
-        return status in (500, 503, 529) or (400 <= status < 500 and status not in (408, 499))
+        return status in (503, 529) or (400 <= status <= 500 and status not in (408, 499))
     never_sent = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout
     return isinstance(error.__cause__, never_sent)
 

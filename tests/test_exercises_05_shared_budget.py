@@ -8,7 +8,9 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import judging
 import pytest
 from test_exercises import TASKS
 from test_exercises import solution as solution_file
+from waiting import until_sync
 
 solution: Any = judging.load(solution_file(TASKS["05.3"]), "solution_05")
 needs_postgresql = pytest.mark.skipif(
@@ -69,6 +72,34 @@ def test_a_settlement_that_fails_half_way_keeps_the_worst_case(
     assert shared.balance().reserved == 1
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_settlement_without_an_answer_is_booked_once(
+    committed: bool, shared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks just after the database has committed, or just before."""
+    broken: list[bool] = []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            breaks = statement == "COMMIT" and not broken
+            if committed or not breaks:
+                cursor = super().execute(statement, *values)
+            if breaks:
+                broken.append(True)
+                raise sqlite3.OperationalError("it is broken")
+            return cursor
+
+    with pytest.raises(sqlite3.OperationalError, match="broken"), shared.reserve(1) as reservation:
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+        reservation.settle(Decimal("0.25"))
+    assert shared.balance() == (1, Decimal("0.25"), 0)
+
+
+def test_a_step_waits_a_minute_for_the_others(tmp_path: Path) -> None:
+    with closing(solution.SQLite(tmp_path / "ledger.db").connect()) as connection:
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (60_000,)
+
+
 @needs_postgresql
 @pytest.mark.parametrize(
     ("wrong", "called", "says"),
@@ -107,7 +138,6 @@ def test_postgresql_is_gone_after_its_block_and_after_kill_9() -> None:
         folder = Path(child.stdout.readline().strip().partition("host=")[2])
         server = int((folder / "data" / "postmaster.pid").read_text().split()[0])
         child.send_signal(signal.SIGKILL)
-    while folder.exists():  # a second process is deleting it
-        os.sched_yield()
+    until_sync(lambda: not folder.exists())  # a second process is deleting it
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
