@@ -136,8 +136,8 @@ async def spawn(*command: str, grace: float = 2.0) -> AsyncIterator[Process]:
     """Run a child process with its stdin and stdout as pipes.
 
     When the block ends, the child's input ends, and it has `grace` seconds to exit. After that,
-    or at once if the block raises, it is killed. It runs in its own session, so Ctrl-C does
-    not reach it: Ctrl-C ends the block, and the block ends the child.
+    or at once if the block raises, it is killed. It runs in its own session (not on Windows), so
+    Ctrl-C does not reach it: Ctrl-C ends the block, and the block ends the child.
 
     Raises OSError if the child cannot start. Raises TimeoutError if the start takes longer than
     10 s, or if the child has not ended 10 s after it was killed.
