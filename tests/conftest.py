@@ -63,7 +63,13 @@ def chapter_path(number: int) -> Path:
     return found[0]
 
 
-# --- One process for all tests of a script, so that it is played once ---
+# --- Worker processes ---
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: at any time, one of them waits for a process or a limit."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(optionalhook=True)

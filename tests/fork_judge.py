@@ -53,7 +53,7 @@ def start_forks() -> Iterator[Forks]:
 
 def serve() -> None:
     """Import; then fork for each line of the input, and print how the fork ended."""
-    for module in ("anyio", "contract", "unittest.mock", "websockets.asyncio.client"):
+    for module in ("contract", "mcp.server.mcpserver", "unittest.mock", "websockets.asyncio"):
         importlib.import_module(module)
     print("ready", flush=True)
     for line in sys.stdin:

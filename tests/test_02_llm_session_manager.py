@@ -862,7 +862,7 @@ def changed(expected: object, target: object, name: str, value: object) -> Itera
         yield expected
 
 
-def subject(journal: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def session_subject(journal: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """Sessions that make their own client; the oracle looks for open clients and open files."""
     made: list[openai.OpenAI] = []
     names = (f"talk {number}" for number in count())
@@ -900,11 +900,53 @@ def subject(journal: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     )
 
 
+def journal_subject(journal: Path, _patch: object) -> Subject:
+    return Subject(
+        open=lambda: chapter.open_journal(journal),
+        leaks=lambda: [file for file in open_descriptors().values() if file == str(journal)],
+        use=lambda rows: rows.execute("SELECT * FROM turns"),
+        closed_error=sqlite3.ProgrammingError,
+        setup_faults=[lambda: changed(chapter.JournalError, chapter, "SET_UP", "BROKEN (")],
+        cleanup_faults="each row is on the disk by then: closing writes nothing",
+    )
+
+
+@pytest.fixture
+def talk() -> Iterator[Any]:
+    with session() as talk:
+        yield talk
+
+
 @pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
-def test_a_session_keeps_the_cleanup_contract(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_turn_keeps_the_cleanup_contract(way: Way, talk: Any) -> None:
+    way(
+        Subject(
+            open=lambda: talk._turn("Hello"),
+            leaks=lambda: talk._in_turn or len(talk.messages) % 2,
+            nestable=False,
+            concurrent=False,
+            setup_faults=[lambda: changed(chapter.ContextWindowError, talk, "max_input_tokens", 0)],
+            cleanup_faults="if a failed turn cannot be recorded, a note on its error says so",
+        )
+    )
+
+
+def environment_subject(_journal: object, _patch: object) -> Subject:
+    return Subject(
+        open=lambda: chapter.temporary_environment("TALK", "yes"),
+        leaks=lambda: os.environ.get("TALK"),
+        concurrent=False,  # the environment belongs to all threads
+        setup_faults="a text can be set at any time",
+        cleanup_faults="and deleted, too",
+    )
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("make", [session_subject, journal_subject, environment_subject])
+def test_each_manager_keeps_the_cleanup_contract(
+    make: Callable[..., Subject], way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    way(subject(tmp_path / "journal", monkeypatch))
+    way(make(tmp_path / "journal", monkeypatch))
 
 
 # --- The script ---
