@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, chapter_path, load_chapter
+from contract import SYNC_WAYS, Subject, Way
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -36,7 +37,7 @@ def test_the_stage_is_the_same_in_every_script() -> None:
 
 CLOSING = re.compile(r"^(?!\.\.\.)[)\]},.;:!?%，。、；：！？）」》”’…—]")
 OPENING = re.compile(r"[(\[{（「《“‘]$")
-WIDTHS = range(36, 121, 14)
+WIDTHS = range(36, 121, 6)
 
 
 def paragraphs() -> Iterator[str]:
@@ -49,7 +50,7 @@ def paragraphs() -> Iterator[str]:
                 yield " ".join(paragraph.split())
 
 
-def test_no_line_of_the_catalogue_is_wrapped_badly_at_7_widths() -> None:
+def test_no_line_of_the_catalogue_is_wrapped_badly_at_15_widths() -> None:
     bad = []
     for paragraph, width in itertools.product(paragraphs(), WIDTHS):
         rest = paragraph
@@ -133,6 +134,19 @@ def test_a_bracket_says_how_the_block_ended(part: str, capsys: pytest.CaptureFix
     ending = "└ ended" if part == "none" else "└ left by KeyboardInterrupt"
     assert capsys.readouterr().out.splitlines() == ["┌ label", *inside, ending]
     assert stage.open_brackets == []
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS, ids=lambda way: way.__name__)
+def test_a_bracket_keeps_the_cleanup_contract(way: Way) -> None:
+    way(
+        Subject(
+            open=lambda: stage.bracket("label"),
+            leaks=lambda: stage.open_brackets,
+            concurrent=False,  # one console
+            setup_faults="it prints before it opens",
+            cleanup_faults="it closes before it prints",
+        )
+    )
 
 
 def test_brackets_that_overlap_close_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
