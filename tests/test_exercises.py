@@ -64,8 +64,9 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_as_shipped_it_fails_and_says_why(task: judging.Task) -> None:
-    report = judging.judge(task, shipped(task))
+def test_as_shipped_it_fails_and_says_why(task: judging.Task, forks: Forks, tmp_path: Path) -> None:
+    answer = Path(shutil.copy(shipped(task), tmp_path / "answer.py"))
+    report = forks.judge(task, answer)
     assert not report.solved
     assert report.called
     assert report.expected
@@ -80,6 +81,12 @@ def test_its_solution_passes(task: judging.Task, forks: Forks, tmp_path: Path) -
     assert report.solved, report
     contract.managers.update(report.managers)
     contract.counts.update(report.counts)
+
+
+@pytest.mark.parametrize("task", ["01.1", "06.2", "08.1"])
+def test_a_new_process_judges_like_a_fork(task: str, forks: Forks, tmp_path: Path) -> None:
+    answer = Path(shutil.copy(shipped(TASKS[task]), tmp_path / "answer.py"))
+    assert judging.judge(TASKS[task], answer) == forks.judge(TASKS[task], answer)
 
 
 @pytest.mark.parametrize("wrong", WRONG_ANSWERS, ids=lambda wrong: f"{wrong.task} {wrong.title}")
