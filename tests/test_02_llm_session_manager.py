@@ -744,10 +744,11 @@ def test_ctrl_c_or_a_kill_at_any_call_loses_no_recorded_turn(tmp_path: Path) -> 
 # --- Killed: each child is a fork of a process that has the chapter loaded already ---
 
 KILLED = """
-import json, os, random, runpy, select, signal, sys
+import gc, json, os, random, runpy, select, signal, sys
 os.environ.pop("OPENAI_API_KEY", None)
 chapter = runpy.run_path(sys.argv[1])
 chapter["encoding_for"]("gpt-4o-mini")
+gc.freeze()
 
 def opened(path):
     return chapter["llm_session"]("talk", client=chapter["offline_client"](), journal=path)
