@@ -189,8 +189,42 @@ def session_subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
     )
 
 
+def finish_subject(_monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """What the chapter teaches: no `await` before `try`, and a cleanup that `finish` ends."""
+    held: list[str] = []
+    broken = SimpleNamespace(at="")
+
+    async def give_back(name: str) -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        held.remove(name)
+        if broken.at == name:
+            raise OSError(name)
+
+    async def give_back_in_full(name: str) -> None:
+        await chapter.finish(give_back(name))
+
+    @asynccontextmanager
+    async def lease() -> AsyncIterator[str]:
+        async with AsyncExitStack() as stack:
+            for name in ("device", "memory"):
+                held.append(name)
+                stack.push_async_callback(give_back_in_full, name)
+                await asyncio.sleep(0)
+                if broken.at == "set-up":
+                    raise OSError("set-up")
+            yield "both"
+
+    return Subject(
+        lease,
+        lambda: held,
+        setup_faults=[fault(OSError, broken, "at", "set-up")],
+        cleanup_faults=[fault(OSError, broken, "at", name) for name in ("device", "memory")],
+    )
+
+
 @pytest.mark.parametrize("way", ASYNC_WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("make", [pool_subject, worker_subject, session_subject])
+@pytest.mark.parametrize("make", [pool_subject, worker_subject, session_subject, finish_subject])
 def test_each_manager_keeps_the_cleanup_contract(
     make: Callable[[pytest.MonkeyPatch], Subject], way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
