@@ -37,7 +37,7 @@ from mcp.server.mcpserver import Context, Image
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import Tool
 from openai import APIStatusError, AsyncOpenAI
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from waiting import until
 
 chapter: Any = load_chapter(8)
@@ -886,6 +886,32 @@ def service(requests: list[str]) -> Any:
 def service_at(port: int, **options: Any) -> Any:
     path = "sse" if options.get("type") == "sse" else "mcp"
     return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/{path}", **options)
+
+
+@pytest.mark.parametrize(("status", "sent"), [(404, 2), (500, 1)])
+@pytest.mark.asyncio
+async def test_only_a_forgotten_session_sends_a_call_again_and_only_once(
+    status: int, sent: int
+) -> None:
+    calls, real = [], service([])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        first = [await receive()] if scope["type"] == "http" else []
+        if first and b"tools/call" in first[0]["body"]:
+            calls.append(scope["path"])
+            await Response(status_code=status)(scope, receive, send)
+            return
+
+        async def receive_again() -> Any:
+            return first.pop() if first else await receive()
+
+        await real(scope, receive_again, send)
+
+    async with http(app) as port:
+        async with chapter.connect({"a": service_at(port, mode="legacy")}) as hub:
+            with pytest.raises(ServerError, match="tool 'echo'"):
+                await echo(hub)
+    assert len(calls) == sent
 
 
 @pytest.mark.asyncio
