@@ -88,15 +88,23 @@ async def test_a_client_is_entered_once_and_a_pinned_one_knows_no_server() -> No
         await client.__aenter__()
 
 
+@pytest.fixture
+def repository(tmp_path: Path) -> str:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    return str(tmp_path)
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", ["git", "time"])
-async def test_the_official_servers_refuse_an_unknown_tool_by_an_error(name: str) -> None:
+async def test_the_official_servers_refuse_an_unknown_tool_by_an_error(
+    name: str, repository: str
+) -> None:
     official = importlib.import_module(f"mcp_server_{name}.server")
     async with Client(official.create_server(None)) as client:
         with pytest.raises(MCPError, match="Unknown tool") as raised:
             await client.call_tool("no_such_tool")
         tool = (await client.list_tools()).tools[0].name
-        result = await client.call_tool(tool, {"timezone": "UTC", "repo_path": str(ROOT)})
+        result = await client.call_tool(tool, {"timezone": "UTC", "repo_path": repository})
     assert raised.value.code == -32602
     assert not result.is_error
     assert (result.structured_content is None) == (name == "git")
