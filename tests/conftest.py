@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -70,6 +71,15 @@ def chapter_path(number: int) -> Path:
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores: at any time, one of them waits for a process or a limit."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, or one worker is left with it at the end."""
+    longest = ("test_scripts.py", "test_06_mcp_implementation.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+    gc.collect()
+    gc.freeze()  # from now on the collector looks only at what the tests make
 
 
 @pytest.hookimpl(optionalhook=True)
