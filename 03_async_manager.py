@@ -146,7 +146,7 @@ async def gpu_worker(gpu: GPU, *command: str) -> AsyncIterator[Process]:
 async def start_process(
     started: list[Process], command: Iterable[str], env: Mapping[str, str]
 ) -> None:
-    """Start a child process in a session of its own, and add it to `started`."""
+    """Start a child process in its own session, and add it to `started`."""
     starting = asyncio.create_subprocess_exec(
         *command, env=env, stdin=DEVNULL, stdout=PIPE, start_new_session=True
     )

@@ -796,7 +796,7 @@ async def run_with_tools(
     """Let a model answer `messages` with the hub's tools. Return the new messages, answer last.
 
     If the model asks for several tools in one reply, they run at the same time. If a tool fails,
-    or the model misspells its name or its arguments, the model is told and can try again.
+    or the model misspells its name or its arguments, the model gets the error and can try again.
 
     The model may call every tool of the hub without asking you. To offer fewer, filter `named`.
     `messages` stays as it is, so you can send it again after a failure, but what the tools did
@@ -967,7 +967,7 @@ async def serve_http(server: MCPServer[Any], port: int) -> None:
     app = server.streamable_http_app()
     config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=3)
     with socket.create_server(("127.0.0.1", port)) as listening:
-        # The socket already listens, so whoever reads this line can connect.
+        # The socket already listens, so a client that reads this line can connect.
         print(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp", flush=True)
         await uvicorn.Server(config).serve(sockets=[listening])
 

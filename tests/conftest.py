@@ -78,8 +78,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, or one worker is left with it at the end."""
     longest = ("test_scripts.py", "test_06_mcp_implementation.py")
     items.sort(key=lambda item: item.path.name not in longest)
+
+
+def pytest_collection_finish() -> None:
+    """From now on, let the garbage collector look only at what the tests make: it saves time."""
     gc.collect()
-    gc.freeze()  # from now on the collector looks only at what the tests make
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -64,9 +64,10 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             be_the_judge(task, Path(answer))
-        _pid, status = os.waitpid(child, 0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         with suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)  # subtle: before waitpid, which frees the number
+        _pid, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 

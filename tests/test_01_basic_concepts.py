@@ -721,6 +721,15 @@ def test_a_demo_shows_the_path_and_the_broken_version_first(
     assert re.findall("(?m)^[✗✓]", shown) == [text[0] for text in expected if text[0] in "✗✓"]
 
 
+def test_on_windows_the_demo_of_signals_says_that_it_does_not_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    chapter.demo_kill()
+    shown = capsys.readouterr().out
+    assert shown == "Windows has no such signals: run this demo on Linux or macOS.\n"
+
+
 def test_each_tool_of_the_toolbox_works_as_it_is_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
