@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,8 @@ from conftest import ROOT
 from contract import Subject, make_subject, what_is_open
 
 SERVED = "async_cancelled_just_as_it_is_served"
-GROUPED = {  # what came out is in an ExceptionGroup
-    "async_raises_exception",
-    "async_raises_base_exception",
-    "async_raises_generator_exit",
-    "async_raises_stop_iteration",
-    "async_nested",
-}
-Make = Callable[[Path], Subject]
+GROUPED = {"async_raises_exception", "async_raises_base_exception", "async_raises_generator_exit"}
+GROUPED |= {"async_raises_stop_iteration", "async_nested"}  # what came out is in an ExceptionGroup
 package = pytest.importorskip
 
 
@@ -42,8 +35,8 @@ def peer(make: Callable[[], Any], leaks: Callable[[], object], **more: bool) -> 
     return Subject(make, leaks, setup_faults=why, cleanup_faults=why, **more)  # type: ignore[arg-type]
 
 
-def lock_of(make: Callable[[], Any], held: Callable[[Any], object]) -> Subject:
-    """Describe one lock that every block shares; it is made inside the event loop."""
+def shared(make: Callable[[], Any], held: Callable[[Any], object], **more: bool) -> Subject:
+    """Describe one manager for every block; it is made inside the event loop."""
     made: list[Any] = []
 
     def open_it() -> Any:
@@ -51,28 +44,7 @@ def lock_of(make: Callable[[], Any], held: Callable[[Any], object]) -> Subject:
             made.append(make())
         return made[0]
 
-    return peer(open_it, lambda: made and held(made[0]), nestable=False, concurrent=False)
-
-
-def database(folder: Path) -> Subject:
-    connection = sqlite3.connect(folder / "money.db")
-    return peer(
-        lambda: connection,  # `with connection:` is a transaction
-        lambda: connection.in_transaction and "an open transaction",
-        nestable=False,
-        concurrent=False,
-        visible=False,  # an empty transaction does not begin
-    )
-
-
-def http_client(_folder: Path) -> Subject:
-    return make_subject(lambda: package("httpx2").AsyncClient(verify=certificates()))
-
-
-@cache
-def certificates() -> Any:
-    """Load the certificates once: it takes a while."""
-    return package("httpx2").create_ssl_context()
+    return peer(open_it, lambda: made and held(made[0]), nestable=False, concurrent=False, **more)
 
 
 def temporary_directory(folder: Path) -> Subject:
@@ -82,46 +54,63 @@ def temporary_directory(folder: Path) -> Subject:
 
 def async_database(folder: Path) -> Subject:
     path = Path(tempfile.mkdtemp(dir=folder), "a.db")
-    return peer(lambda: package("aiosqlite").connect(path), lambda: still_open(path))
+
+    def still_open() -> list[str]:
+        """Return the descriptors of the file; a thread may take a moment to close it."""
+        deadline = time.monotonic() + 0.02
+        while left := [each for each in what_is_open() if each.endswith(str(path))]:
+            if time.monotonic() > deadline:
+                break
+        return left
+
+    return peer(lambda: package("aiosqlite").connect(path), still_open)
 
 
 def waiting_by_wait_for(_folder: Path) -> Subject:
-    taken: list[int] = []
+    lock = asyncio.Lock()
 
-    async def take() -> int:
+    async def acquire() -> None:
         await asyncio.sleep(0)
-        taken.append(1)
-        return 1
+        await lock.acquire()
 
     @asynccontextmanager
-    async def lent() -> AsyncIterator[int]:
+    async def locked() -> AsyncIterator[None]:
+        await asyncio.wait_for(acquire(), timeout=60)
         try:
-            yield await asyncio.wait_for(take(), timeout=60)
+            yield
         finally:
-            taken.clear()
+            lock.release()
 
-    return peer(lent, lambda: taken, nestable=False, concurrent=False)
+    return peer(locked, lock.locked, nestable=False, concurrent=False)
 
 
-PEERS: dict[str, tuple[Make, set[str]]] = {
+PEERS: dict[str, tuple[Callable[[Path], Subject], set[str]]] = {
     "open": (lambda f: make_subject(lambda: open(f / "file", "w")), {"never_entered"}),
     "tempfile.TemporaryDirectory": (temporary_directory, {"never_entered"}),
-    "threading.Lock": (lambda f: lock_of(threading.Lock, lambda lock: lock.locked()), set()),
-    "asyncio.Lock": (lambda f: lock_of(asyncio.Lock, lambda lock: lock.locked()), set()),
+    "threading.Lock": (lambda f: shared(threading.Lock, lambda lock: lock.locked()), set()),
+    "asyncio.Lock": (lambda f: shared(asyncio.Lock, lambda lock: lock.locked()), set()),
     "asyncio.timeout": (lambda f: make_subject(lambda: asyncio.timeout(60)), set()),
     "asyncio.TaskGroup": (lambda f: make_subject(asyncio.TaskGroup), GROUPED),
     "anyio.CapacityLimiter": (
-        lambda f: lock_of(lambda: package("anyio").CapacityLimiter(1), lambda x: x.borrowed_tokens),
+        lambda f: shared(lambda: package("anyio").CapacityLimiter(1), lambda x: x.borrowed_tokens),
         set(),
     ),
     "anyio.create_task_group": (
         lambda f: make_subject(lambda: package("anyio").create_task_group()),
         GROUPED | {"async_raises_keyboard_interrupt"},
     ),
-    "httpx2.AsyncClient": (http_client, set()),
-    "sqlite3.connect": (database, set()),
+    "httpx2.AsyncClient": (
+        lambda f: make_subject(lambda: package("httpx2").AsyncClient(verify=False)),
+        set(),
+    ),
+    "sqlite3.connect": (  # `with connection:` is a transaction; an empty one does not begin
+        lambda f: shared(
+            lambda: sqlite3.connect(f / "x"), lambda x: x.in_transaction, visible=False
+        ),
+        set(),
+    ),
     "filelock.FileLock": (
-        lambda f: lock_of(lambda: package("filelock").FileLock(f / "lock"), lambda x: x.is_locked),
+        lambda f: shared(lambda: package("filelock").FileLock(f / "lock"), lambda x: x.is_locked),
         set(),
     ),
     "fsspec.open": (lambda f: make_subject(lambda: package("fsspec").open(f / "x", "w")), set()),
@@ -130,34 +119,23 @@ PEERS: dict[str, tuple[Make, set[str]]] = {
 }
 
 
-def still_open(path: Path) -> list[str]:
-    """Return this process's descriptors of a file; a thread may take a moment to close it."""
-    deadline = time.monotonic() + 0.02
-    while left := [each for each in what_is_open() if each.endswith(str(path))]:
-        if time.monotonic() > deadline:
-            return left
-    return []
-
-
-FINDINGS = {name for name, (_make, expected) in PEERS.items() if expected} | {"asyncio.wait_for"}
-
-
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of what a peer leaves behind
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("name", PEERS)
 def test_the_contract_judges_a_well_known_manager(name: str, tmp_path: Path) -> None:
     make, expected = PEERS[name]
-    subject = partial(make, tmp_path)
-    judged = contract.verdicts(subject, contract.ways_for(subject()))
-    found = {way.__name__: each.what for way, each in judged if isinstance(each, contract.Broken)}
+    before, found = threading.enumerate(), set()
+    for way in contract.ways_for(make(tmp_path)):
+        if isinstance(contract.verdict(way, make(tmp_path)), contract.Broken):
+            found.add(way.__name__)
     if name == "aiosqlite.connect":
-        assert found.keys() >= expected, found
-    else:
-        assert found.keys() == expected, found
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_the_readme_tells_what_the_contract_finds(name: str) -> None:
+        found &= expected
+        for thread in set(threading.enumerate()).difference(before):
+            thread.join(
+                10
+            )  # it raises if its event loop is closed before: here, not in a later test
+    assert found == expected
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
-    assert ("passes" in row) == (name not in FINDINGS)
+    assert ("passes" in row) == (not expected and name != "asyncio.wait_for")
