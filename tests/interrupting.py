@@ -2,8 +2,7 @@
 
     python tests/interrupting.py SCRIPT DEMO ... DEMO
 
-The first time shows how many lines the demo prints, in brackets if it draws any; so the place is
-the same in every run and language, and no clock is involved.
+The first time shows how many lines the demo prints, in brackets if it draws any: no clock is used.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import sys
 import threading
 from typing import TextIO
 
-BARS = r"(?:│ )*"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 
@@ -24,12 +22,10 @@ TITLE = re.compile(r"^(\d+) · (.+?) ─+$", re.MULTILINE)
 def lines_in_brackets(text: str) -> list[str]:
     """The complete lines behind the bar of an open bracket: `│ like this` between ┌ and └."""
     found, depth = [], 0
-    for line in text.splitlines(keepends=True):
-        if re.match(BARS + r"┌ ", line):
-            depth += 1
-        elif re.match(BARS + r"└ ", line):
-            depth -= 1
-        elif depth and line.startswith("│ ") and line.endswith("\n"):
+    for line in all_lines(text):
+        if corner := re.match(r"(?:│ )*([┌└]) ", line):
+            depth += 1 if corner[1] == "┌" else -1
+        elif depth and line.startswith("│ "):
             found.append(line)
     return found
 
@@ -42,21 +38,19 @@ def all_lines(text: str) -> list[str]:
 class Interrupting(io.StringIO):
     """A text file that raises SIGINT once, at `part` of what a demo showed the first time."""
 
-    def __init__(self, part: float, echo: TextIO | None = None) -> None:
+    def __init__(self, part: float, echo: TextIO) -> None:
         super().__init__()
-        self.part = part
-        self.echo = echo
+        self.part, self.echo = part, echo
         self.title = self.demo = ""  # what the current demo has shown
         self.earlier: dict[str, str] = {}  # by title, what each other demo has shown
         self.struck = False
 
     def isatty(self) -> bool:
-        return self.echo is not None and self.echo.isatty()
+        return self.echo.isatty()
 
     def write(self, text: str, /) -> int:
         written = super().write(text)
-        if self.echo is not None:
-            self.echo.write(text)
+        self.echo.write(text)
         shown = ESCAPE.sub("", text)
         if title := TITLE.match(shown):
             self.earlier[self.title] = self.demo
@@ -77,5 +71,5 @@ class Interrupting(io.StringIO):
 
 if __name__ == "__main__":
     _name, *sys.argv = sys.argv
-    sys.stdout = Interrupting(0.5, echo=sys.stdout)
+    sys.stdout = Interrupting(0.5, sys.stdout)
     runpy.run_path(sys.argv[0], run_name="__main__")
