@@ -3,10 +3,9 @@
     from left_behind import nothing_left_behind, tasks_may_be_abandoned  # in conftest.py
 
 The fixture holds *every* test to it: open descriptors, child processes, threads, asyncio tasks,
-environment, working directory and context variables are afterwards as they were before. Look at
-`KINDS` for what is compared and how. It needs pytest, and nothing of this workshop.
-
-Left out: what a platform cannot list (then that kind is not compared), and Windows handles.
+environment, working directory and context variables are afterwards as they were before (see
+`KINDS`). It needs pytest, and nothing of this workshop. Where a platform has no list of a kind,
+that kind is not compared.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,21 @@ class Kind:
 
     def left(self, before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[str]:
         """A sentence for each thing that differs."""
-        changed = [
-            f"{key}: {before[key]!r} became {value!r}" if key in before else f"{key}: {value!r}"
-            for key, value in after.items()
-            if key not in before or not self.same(before[key], value)
-        ]
-        gone = [f"{key} is gone" for key in before if self.restored and key not in after]
-        return [f"{self.name} {what}; {self.advice}" for what in changed + gone]
+        found = [f"{key} is gone" for key in before if self.restored and key not in after]
+        for key, value in after.items():
+            if key not in before:
+                found.append(f"{key}: {value!r}")
+            elif not self.same(before[key], value):
+                found.append(f"{key}: {before[key]!r} became {value!r}")
+        return [f"{self.name} {what}; {self.advice}" for what in found]
 
 
 def open_descriptors() -> dict[int, str]:
     """What each open descriptor points to; nothing where the system has no list of them."""
-    folder = next((path for path in ("/proc/self/fd", "/dev/fd") if os.path.isdir(path)), None)
     found = {}
-    for name in os.listdir(folder) if folder else ():
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
         try:
-            found[int(name)] = os.readlink(f"{folder}/{name}")
+            found[int(name)] = os.readlink(f"/dev/fd/{name}")
         except FileNotFoundError:
             pass  # the listing's own descriptor: closed by now
         except OSError:  # not a link: macOS
@@ -83,42 +82,23 @@ def child_processes() -> dict[int, str]:
     return children
 
 
-def running_threads() -> dict[threading.Thread, str]:
-    """The threads that Python knows of."""
-    return {thread: thread.name for thread in threading.enumerate()}
-
-
 def environment() -> dict[str, str]:
     """os.environ, without the one variable in which pytest itself writes its progress."""
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
-def working_directory() -> dict[str, str]:
-    """The current directory."""
-    try:
-        return {"is": os.getcwd()}
-    except FileNotFoundError:
-        return {"is": "a directory that no longer exists"}
+def running_threads() -> dict[threading.Thread, str]:
+    return {thread: thread.name for thread in threading.enumerate()}
 
 
-def context_variables() -> dict[contextvars.ContextVar[Any], Any]:
-    """Every context variable that is set here."""
-    return dict(contextvars.copy_context().items())
-
-
-CONTEXT = Kind(
-    "context variable",
-    context_variables,
-    "reset it with the token that set() returned",
-    same=operator.is_,
-    restored=True,
-)
+RESET = "reset it with the token that set() returned"
+CONTEXT = Kind("context variable", contextvars.copy_context, RESET, operator.is_, restored=True)
 KINDS = (
     Kind("open descriptor", open_descriptors, "close it, best in a `with`", reaped=True),
     Kind("child process", child_processes, "end it and wait() for it", reaped=True),
     Kind("thread", running_threads, "tell it to stop and join() it", reaped=True),
     Kind("environment", environment, "use monkeypatch.setenv or delenv", restored=True),
-    Kind("working directory", working_directory, "use monkeypatch.chdir or contextlib.chdir"),
+    Kind("working directory", lambda: {"is": os.getcwd()}, "use monkeypatch.chdir"),
     CONTEXT,
 )
 
@@ -153,9 +133,8 @@ def tasks_may_be_abandoned() -> None:
 def still_there(kind: Kind, before: Mapping[Any, Any]) -> list[str]:
     """What is left of one kind, once those that end a moment later had the time to."""
     deadline = time.monotonic() + PATIENCE
-    if kind.reaped and kind.left(before, kind.look()):
-        gc.collect()
     while (left := kind.left(before, kind.look())) and kind.reaped and time.monotonic() < deadline:
+        gc.collect()
         time.sleep(0.005)
     return left
 
@@ -168,11 +147,9 @@ def reporting_pending_tasks(found: list[str]) -> Callable[[asyncio.Runner], None
     close = asyncio.Runner.close
 
     def close_and_report(runner: asyncio.Runner) -> None:
-        try:
+        with suppress(RuntimeError):  # closed before
             pending = asyncio.all_tasks(runner.get_loop())
-        except RuntimeError:  # closed before
-            pending = set()
-        found.extend(f"pending task {task!r}; cancel it and await it" for task in pending)
+            found.extend(f"pending task {task!r}; cancel it and await it" for task in pending)
         close(runner)
 
     return close_and_report
