@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
 import re
 import sys
-import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
+from contextvars import copy_context
 from decimal import Decimal, localcontext
 from functools import partial
 from typing import Any
-from unittest.mock import AsyncMock, Mock, patch
+from unittest.mock import AsyncMock, Mock
 
 import httpx2
 import openai
@@ -23,15 +22,13 @@ from conftest import load_chapter
 from contract import ASYNC_WAYS, SYNC_WAYS, Subject, Way, time_limit
 from waiting import FakeClock
 
-chapter = load_chapter(4)
+chapter: Any = load_chapter(4)
 smart_session, current_session = chapter.smart_session, chapter.current_session
 ask, ask_async, isolated = chapter.ask, chapter.ask_async, chapter.isolated
 recording_client, async_recording_client = chapter.recording_client, chapter.async_recording_client
-SessionClosedError, ReplyError, Call = chapter.SessionClosedError, chapter.ReplyError, chapter.Call
-
-Handler = Callable[[httpx2.Request], Any]
+SessionClosedError, Call = chapter.SessionClosedError, chapter.Call
+Log = pytest.LogCaptureFixture
 OFFLINE: Any = {"api_key": "offline", "base_url": "http://offline/v1"}
-NO_RETRY_DELAY = {"retry-after-ms": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,26 +37,14 @@ def nothing_hangs() -> Iterator[None]:
         yield
 
 
-def completion(
-    prompt_tokens: int = 3, completion_tokens: int = 2, model: Any = "gpt-4o-mini", **details: Any
-) -> dict[str, Any]:
-    """A reply as Chat Completions gives it."""
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, **details}
-    usage["total_tokens"] = prompt_tokens + completion_tokens
-    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": "yes"}}
-    return {"id": "1", "created": 0, "model": model, "choices": [choice], "usage": usage}
+def client_that(server: Any = chapter.stand_in, **options: Any) -> Any:
+    """A client whose server is a function, or gives these replies (or errors) in turn."""
+    transport = httpx2.MockTransport(Mock(side_effect=server))
+    return recording_client(transport, **OFFLINE, **options)
 
 
-def answering(**reply: Any) -> Handler:
-    return lambda request: httpx2.Response(200, json=completion(**reply))
-
-
-def client_that(handler: Handler, **options: Any) -> Any:
-    return recording_client(httpx2.MockTransport(handler), **OFFLINE, **options)
-
-
-def async_client_that(handler: Handler, **options: Any) -> Any:
-    return async_recording_client(httpx2.MockTransport(handler), **OFFLINE, **options)
+def async_client_that(server: Any = chapter.stand_in) -> Any:
+    return async_recording_client(httpx2.MockTransport(Mock(side_effect=server)), **OFFLINE)
 
 
 def chat(client: Any, **options: Any) -> Any:
@@ -68,27 +53,26 @@ def chat(client: Any, **options: Any) -> Any:
 
 
 @contextmanager
-def asking_session(name: str, handler: Handler | None = None, **options: Any) -> Iterator[Any]:
+def asking_session(name: str, server: Any = chapter.stand_in, **options: Any) -> Iterator[Any]:
     """Open a session with a client for `ask`."""
-    with client_that(handler or answering()) as client:
-        with smart_session(name, client=client, **options) as session:
-            yield session
+    with client_that(server, **options) as client, smart_session(name, client=client) as session:
+        yield session
 
 
 # --- The current session: blocks, tasks, threads, generators ---
 
 
 def test_a_call_is_recorded_in_the_innermost_session() -> None:
-    with asking_session("outer", chapter.stand_in, model="gpt-4o") as outer:
+    with client_that() as client, smart_session("outer", client=client, model="gpt-4o") as outer:
         ask("one")
-        with smart_session("inner", client=async_client_that(chapter.stand_in)) as inner:
+        with smart_session("inner", client=async_client_that()) as inner:
             assert current_session() is inner
             ask("two words")  # by the model and the client around it
             with smart_session("innermost", model="gpt-4.1") as innermost:
                 answer = asyncio.run(ask_async("now three words"))
         assert current_session() is outer
         ask("now there are four")
-        assert not outer.client.is_closed()
+        assert not client.is_closed()
     assert current_session() is None
     assert answer == "(stand-in) You asked: now three words"
     assert (innermost.parent, inner.parent, outer.parent) == (inner, outer, None)
@@ -101,59 +85,35 @@ def test_a_call_is_recorded_in_the_innermost_session() -> None:
 
 @pytest.mark.asyncio
 async def test_tasks_and_copied_contexts_inherit_the_session() -> None:
-    """Tasks of gather and of a TaskGroup, asyncio.to_thread, and threads with a copy."""
-    with client_that(answering()) as client, ThreadPoolExecutor(8) as executor:
-        async with async_client_that(answering()) as async_client:
-            with smart_session("parent", client=client) as parent:
-                with smart_session("inner", client=async_client) as inner:
-                    await asyncio.gather(ask_async("one"), ask_async("two"))
-                    async with asyncio.TaskGroup() as group:
-                        group.create_task(ask_async("three"))
-                    await asyncio.to_thread(ask, "four")
-                copies = [contextvars.copy_context() for _job in range(20)]
-                jobs = [executor.submit(copy.run, ask, "?") for copy in copies]
-                assert [job.result() for job in jobs] == ["yes"] * 20
-    assert (len(inner.calls), len(parent.calls)) == (4, 20)
+    with asking_session("outer"), ThreadPoolExecutor(1) as executor:
+        with smart_session("inner", client=async_client_that()) as inner:
+            await asyncio.gather(ask_async("one"), ask_async("two"))
+            await asyncio.to_thread(ask, "three")
+            executor.submit(copy_context().run, ask, "four").result()
+    assert len(inner.calls) == 4
 
 
 @pytest.mark.asyncio
 async def test_a_task_that_outlives_its_block_gets_an_error() -> None:
-    """The error comes before anything is sent, even if other code calls the client."""
-    sent: list[httpx2.Request] = []
-    async with async_client_that(lambda request: sent.append(request)) as client:
-        with smart_session("block", client=client) as session:
-            tasks = [asyncio.create_task(ask_async("late")), asyncio.create_task(chat(client))]
-        with smart_session("block"):
-            tasks.append(asyncio.create_task(ask_async("late, and without a client")))
-        for task in tasks:  # they start now
-            with pytest.raises(SessionClosedError, match="session 'block' is closed"):
-                await task
-    assert sent == session.calls == []
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.asyncio
-async def test_a_call_under_way_when_its_block_ends_raises(stream: bool) -> None:
-    """The block waits for nothing and cancels nothing; the call's outcome is not recorded."""
+    """The block waits for nothing. A call under way is not recorded, a later one not even sent."""
     sent, answer = asyncio.Event(), asyncio.Event()
 
-    async def handler(request: httpx2.Request) -> httpx2.Response:
+    async def server(request: httpx2.Request) -> Any:
+        assert not sent.is_set()
         sent.set()
         await answer.wait()
-        return Body(STREAM).reply(request) if stream else answering()(request)
+        return chapter.stand_in(request)
 
-    async with async_client_that(handler) as client:
-        with smart_session("block", client=client) as session:
-            task = asyncio.create_task(async_words(client) if stream else ask_async("slow"))
+    async with async_client_that(server) as client:
+        with smart_session("block") as session:
+            tasks = [asyncio.create_task(chat(client))]
             await sent.wait()
-        assert not task.done()
+            tasks += [asyncio.create_task(late) for late in (chat(client), ask_async("late"))]
         answer.set()
-        with pytest.raises(SessionClosedError, match="'block' is closed"):
-            await task
-        for _turn in range(20):  # the event loop ends the SDK's four generators, one a turn
-            await asyncio.sleep(0)
-    (call,) = session.calls
-    assert (call.usage, call.cost, call.duration, call.error) == (None, None, None, None)
+        for task in tasks:
+            with pytest.raises(SessionClosedError, match="session 'block' is closed"):
+                await task
+    assert session.calls == [Call("/v1/chat/completions", "gpt-4o-mini")]
 
 
 def test_what_outlives_its_session_nests_in_an_open_one() -> None:
@@ -163,7 +123,7 @@ def test_what_outlives_its_session_nests_in_an_open_one() -> None:
 
     with smart_session("outer") as outer:
         with smart_session("inner"):
-            copy = contextvars.copy_context()  # as a task has it
+            copy = copy_context()  # as a task has it
         assert copy.run(late).parent is outer
     assert copy.run(current_session) is outer  # `late` put it in the place of `inner`
     assert copy.run(late).parent is None
@@ -177,7 +137,6 @@ def suspended() -> Any:
 
 
 def test_out_of_order_the_innermost_open_session_stays_current() -> None:
-    """No closed session is current, and no call is recorded around the wrong block."""
     with smart_session("outer") as outer:
         generator = suspended()
         next(generator)
@@ -193,7 +152,7 @@ def test_out_of_order_the_innermost_open_session_stays_current() -> None:
         assert current_session() is outer
 
 
-def test_an_isolated_generator_leaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_isolated_generator_leaks_nothing(caplog: Log) -> None:
     with smart_session("caller") as caller:
         items = isolated(suspended())
         assert next(items) == "one"
@@ -204,85 +163,16 @@ def test_an_isolated_generator_leaks_nothing(caplog: pytest.LogCaptureFixture) -
     assert caplog.text == ""  # no session ended in another context
 
 
-def test_a_block_that_ends_in_another_context_warns(caplog: pytest.LogCaptureFixture) -> None:
-    began = contextvars.copy_context()
+def test_a_block_that_ends_in_another_context_warns(caplog: Log) -> None:
+    began = copy_context()
     manager = smart_session("wanders")
     session = began.run(manager.__enter__)
-    copy = began.run(contextvars.copy_context)
-    error = ValueError("the block's own")
-    assert not copy.run(manager.__exit__, type(error), error, None)  # it propagates, unhidden
+    copy = began.run(copy_context)
+    copy.run(manager.__exit__, None, None, None)
     assert session.closed
     assert "session 'wanders' ended in another context" in caplog.text
     assert copy.run(current_session) is None
     assert began.run(current_session) is session  # out of reach
-
-
-# --- Asking ---
-
-
-def test_ask_without_a_session_or_a_client_says_what_to_do() -> None:
-    with pytest.raises(LookupError, match=r"ask inside `with smart_session"):
-        ask("Is it?")
-    with smart_session("bare"), pytest.raises(LookupError, match=r"'bare' has no OpenAI client"):
-        ask("Is it?")
-    with asking_session("wrong kind"), pytest.raises(LookupError, match="no AsyncOpenAI client"):
-        asyncio.run(ask_async("Is it?"))
-
-
-def reply_with(finish_reason: Any = "stop", **message: Any) -> dict[str, Any]:
-    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
-    return completion() | {"choices": [choice]}
-
-
-TOOL = {"id": "1", "function": {"arguments": "{}", "name": "look"}, "type": "function"}
-WHOLE: list[tuple[dict[str, Any], str]] = [
-    (reply_with(content="yes"), "yes"),
-    (reply_with("length", content=""), ""),
-    (reply_with(content=None, refusal="I will not."), "I will not."),
-    (reply_with("tool_calls", content=None, tool_calls=[TOOL]), json.dumps([TOOL])),
-]
-
-
-@pytest.mark.parametrize(("reply", "answer"), WHOLE, ids=lambda value: str(value)[:9])
-def test_ask_returns_a_content_a_refusal_or_tool_calls(reply: Any, answer: str) -> None:
-    with asking_session("whole", lambda request: httpx2.Response(200, json=reply)):
-        assert ask("Is it?") == answer
-
-
-JSON = {"content-type": "application/json"}
-# Replies without a whole answer; of the first ones, the tokens are not known either.
-NOT_WHOLE: dict[str, dict[str, Any]] = {
-    "HTML": {"html": "<p>Please log in</p>"},
-    "not UTF-8": {"content": b"\xff\xfe\xff", "headers": JSON},
-    "deep": {"content": b"[" * 100_000, "headers": JSON},
-    "null": {"json": None},
-    "tokens in words": {"json": {"model": "m", "usage": {"prompt_tokens": "many"}}},
-    "strange details": {
-        "json": {"model": "m", "usage": {"prompt_tokens": 1, "prompt_tokens_details": ["?"]}}
-    },
-    "infinite tokens": {
-        "content": b'{"model": "m", "usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}',
-        "headers": JSON,
-    },
-    "message in words": {"json": completion() | {"choices": [{"message": "yes"}]}},
-    "no message": {"json": completion() | {"choices": [{"finish_reason": "stop"}]}},
-    "all null": {"json": reply_with(content=None)},
-    "strange content": {"json": reply_with(content={"text": "yes"})},
-    "strange calls": {"json": reply_with(content=None, tool_calls=5)},
-    "no reason": {"json": reply_with(None, content="half a")},
-}
-
-
-@pytest.mark.parametrize("name", NOT_WHOLE)
-def test_an_answer_that_is_not_whole_raises_and_is_recorded(name: str) -> None:
-    reply = httpx2.Response(200, **NOT_WHOLE[name])
-    with asking_session("half", lambda request: reply) as session:
-        with pytest.raises(ReplyError, match="is not a whole chat completion"):
-            ask("Is it?")
-    (call,) = session.calls
-    known = b"total_tokens" in reply.content
-    assert (call.usage is not None, call.cost is not None) == (known, known)
-    assert (call.error, call.duration is not None) == (None, True)
 
 
 @contextmanager
@@ -300,17 +190,11 @@ async def noted_in_a_task(opened: list[Any]) -> AsyncIterator[Any]:
 
 @pytest.mark.parametrize("way", [*SYNC_WAYS, *ASYNC_WAYS], ids=lambda way: way.__name__)
 def test_smart_session_keeps_the_cleanup_contract(way: Way) -> None:
-    def leaks() -> list[str]:
-        still = [f"{session.name} is open" for session in opened if not session.closed]
-        return still + [f"{current} is current" for current in [current_session()] if current]
-
     opened: list[Any] = []
-    open_session = noted if way in SYNC_WAYS else noted_in_a_task
-    use = lambda session: session.record(Call("/chat"))  # noqa: E731
     subject = Subject(
-        partial(open_session, opened),
-        leaks,
-        use=use,
+        partial(noted if way in SYNC_WAYS else noted_in_a_task, opened),
+        leaks=lambda: current_session() or [each for each in opened if not each.closed],
+        use=lambda session: session.record(Call("/chat")),
         closed_error=SessionClosedError,
         setup_faults="it only makes an object and sets a variable",
         cleanup_faults="it only resets a variable, and copes with a token of another context",
@@ -318,125 +202,115 @@ def test_smart_session_keeps_the_cleanup_contract(way: Way) -> None:
     way(subject)
 
 
+# --- Asking ---
+
+
+def test_without_a_session_or_a_client_ask_fails_and_a_call_warns(caplog: Log) -> None:
+    with pytest.raises(LookupError, match=r"ask inside `with smart_session"):
+        ask("Is it?")
+    with smart_session("bare"), pytest.raises(LookupError, match=r"'bare' has no OpenAI client"):
+        ask("Is it?")
+    with asking_session("wrong kind"), pytest.raises(LookupError, match="no AsyncOpenAI client"):
+        asyncio.run(ask_async("Is it?"))
+    with client_that() as client:
+        assert chat(client).choices
+    assert "no session is current: /v1/chat/completions is not recorded" in caplog.text
+
+
+CACHED = {"cached_tokens": 1000}
+USAGE = {"prompt_tokens": 1234, "completion_tokens": 567, "prompt_tokens_details": CACHED}
+COST = Decimal("0.0004503")  # of all that
+
+
+def reply_with(message: Any, finish_reason: Any = "stop", **more: Any) -> httpx2.Response:
+    """A reply of Chat Completions."""
+    choices = [{"index": 0, "finish_reason": finish_reason, "message": message}]
+    reply = {"id": "1", "model": "gpt-4o-mini", "choices": choices, "usage": USAGE}
+    return httpx2.Response(200, json=reply | more)
+
+
+def test_ask_returns_a_content_a_refusal_or_tool_calls() -> None:
+    calls = [{"id": "1", "function": {"arguments": "{}", "name": "look"}, "type": "function"}]
+    messages = [{"content": "yes"}, {"content": ""}, {"refusal": "no"}, {"tool_calls": calls}]
+    with asking_session("whole", map(reply_with, messages)):
+        assert [ask("Is it?") for _each in messages] == ["yes", "", "no", json.dumps(calls)]
+
+
+def test_an_answer_that_is_not_whole_raises_and_is_recorded() -> None:
+    texts = [b"<p>Log in</p>", b"[" * 100_000, b"null", b'{"usage": {"prompt_tokens": 1e999}}']
+    is_json = {"content-type": "application/json"}
+    replies = [httpx2.Response(200, content=text, headers=is_json) for text in texts]
+    replies += [reply_with({"content": "half a"}, None), reply_with({}, choices=[])]
+    replies += [reply_with(wrong) for wrong in ("yes", {}, {"content": ["?"]}, {"tool_calls": 5})]
+    with asking_session("half", replies) as session:
+        for _each in replies:
+            with pytest.raises(chapter.ReplyError, match="is not a whole chat completion"):
+                ask("Is it?")
+    assert [bool(call.usage and call.cost) for call in session.calls] == [False] * 4 + [True] * 6
+    assert all(call.duration is not None and call.error is None for call in session.calls)
+
+
 # --- The recording client ---
 
 
-def test_a_call_is_recorded_with_model_tokens_cost_and_duration() -> None:
-    def handler(request: httpx2.Request) -> httpx2.Response:
+def test_a_call_is_recorded_with_model_tokens_exact_cost_and_duration() -> None:
+    model = "gpt-4o-mini-2024-07-18"
+
+    def server(request: httpx2.Request) -> httpx2.Response:
         assert request.headers["accept-encoding"] == "identity"  # to be read as it passes
-        reply = completion(1234, 567, prompt_tokens_details={"cached_tokens": 1000})
-        reply["model"] = "gpt-4o-mini-2024-07-18"
-        extensions = {"http_version": b"HTTP/2"}
-        return httpx2.Response(200, json=reply, headers={"x-id": "7"}, extensions=extensions)
+        reply = reply_with({"content": "yes"}, model=model)
+        reply.headers["x-id"], reply.extensions["http_version"] = "7", b"HTTP/2"
+        return reply
 
-    with client_that(handler, clock=FakeClock()) as client, smart_session("measured") as session:
-        raw = chat(client.with_options(timeout=5).with_raw_response)
-    assert raw.parse().choices[0].message.content == "yes"
+    with client_that(server, clock=FakeClock()) as client, smart_session("measured") as session:
+        with localcontext(prec=2):  # the caller's
+            chat(client)
+            raw = chat(client.with_options(timeout=5).with_raw_response)
+            assert session.cost == Decimal("0.0009006")
     assert (raw.headers["x-id"], raw.http_response.http_version) == ("7", "HTTP/2")
-    (call,) = session.calls
-    assert (call.path, call.error) == ("/v1/chat/completions", None)
-    assert call.model == "gpt-4o-mini-2024-07-18"
-    assert (call.usage.input_tokens, call.usage.output_tokens) == (1234, 567)
-    assert call.usage.cache_read_tokens == 1000
-    assert (call.cost, call.duration) == (Decimal("0.0004503"), 1.0)
-    assert "Is it?" not in repr(call)  # neither what was asked nor what was answered is kept
-    assert "yes" not in repr(call)
+    for call in session.calls:  # neither what was asked nor what was answered is kept
+        assert call == Call("/v1/chat/completions", model, call.usage, COST, duration=1.0)
 
 
-def test_costs_do_not_depend_on_the_decimal_precision_of_the_caller() -> None:
-    with localcontext(prec=2), asking_session("rough", answering(prompt_tokens=1234)) as session:
-        ask("one")
-        ask("two")
-        assert [call.cost for call in session.calls] == [Decimal("0.0001863")] * 2
-        assert session.cost == Decimal("0.0003726")
-
-
-def test_the_responses_api_and_embeddings_are_understood() -> None:
-    usage = {"input_tokens": 1234, "output_tokens": 567, "total_tokens": 1801}
-    details = {"input_tokens_details": {"cached_tokens": 1000}}
-    reply = {"id": "1", "created_at": 0, "model": "gpt-4o-mini", "output": [], "error": None}
-    whole = reply | {"usage": usage | details}
-    done = {"type": "response.completed", "response": whole}
-    body = b"".join(sse({"type": "response.created", "response": reply}, done))
+def test_responses_embeddings_and_transcriptions_are_understood() -> None:
+    usage = {"input_tokens": 1234, "output_tokens": 567, "input_tokens_details": CACHED}
+    reply = {"id": "1", "created_at": 0, "model": "gpt-4o-mini", "output": [], "usage": usage}
+    done = sse({"type": "response.completed", "response": reply})
     vectors = {"model": "text-embedding-3-small", "data": [{}], "usage": {"prompt_tokens": 8}}
-    replies = [
-        httpx2.Response(200, json=whole),
-        httpx2.Response(200, headers=EVENT_STREAM, content=body),
-        httpx2.Response(200, json=vectors),
-    ]
-    with client_that(lambda request: replies.pop(0)) as client, smart_session("all") as session:
+    replies = [httpx2.Response(200, json=each) for each in (reply, vectors, {})]
+    replies.append(httpx2.Response(200, headers=EVENT_STREAM, content=b"".join(done)))
+    with client_that(replies) as client, smart_session("all") as session:
         client.responses.create(model="gpt-4o-mini", input="Is it?")
-        list(client.responses.create(model="gpt-4o-mini", input="Is it?", stream=True))
         client.embeddings.create(model="e", input="Is it?", encoding_format="float")
-    costs = [Decimal("0.0004503"), Decimal("0.0004503"), Decimal("1.6E-7")]
-    assert [call.cost for call in session.calls] == costs
+        client.audio.transcriptions.create(model="whisper-1", file=("words.wav", b"words"))
+        list(client.responses.create(model="gpt-4o-mini", input="Is it?", stream=True))
+    assert [call.cost for call in session.calls] == [COST, Decimal("1.6E-7"), None, COST]
+    assert session.calls[2].model is None  # an upload names no model
 
 
-PRICES = {"gpt-4o-mini": Decimal(5), "llama3.2": Decimal(7)}
+def test_a_price_of_your_own_gets_the_model_of_the_reply_or_request() -> None:
+    prices = {"gpt-4o-mini": Decimal(5), "llama3.2": Decimal(7)}
+    replies = [reply_with({}, model=model) for model in (None, "llama3.2")]
+    with asking_session("priced", replies, price=lambda _usage, model: prices[model]) as session:
+        assert chat(session.client).choices == chat(session.client).choices
+    assert session.cost == 12
 
 
-@pytest.mark.parametrize(
-    ("model", "price", "cost"),
-    [
-        (None, lambda usage, model: PRICES[model], 5),  # the request's, if the reply names none
-        ("llama3.2", lambda usage, model: PRICES[model], 7),
-        ("llama3.2", chapter.list_price, None),
-        ("llama3.2", lambda usage, model: 1 / 0, None),
-    ],
-)
-def test_an_unknown_price_says_what_to_pass_and_loses_no_reply(
-    model: str | None, price: Any, cost: int | None
-) -> None:
-    with client_that(answering(model=model), price=price) as client:
-        with smart_session("priced") as session:
-            assert chat(client).choices
-    (call,) = session.calls
-    assert (call.model, call.cost) == (model or "gpt-4o-mini", cost)
-    assert call.usage.input_tokens == 3
-    says = pytest.raises(LookupError, match=r"'llama3\.2' is unknown: pass price=")
-    with nullcontext() if cost else says:
-        assert session.cost == cost
+def test_an_unknown_price_says_what_to_pass_and_loses_no_reply() -> None:
+    with asking_session("priced", [reply_with({}, model="llama3.2")]) as session:
+        assert chat(session.client).choices
+    assert session.calls[0].usage.input_tokens == 1234
+    with pytest.raises(LookupError, match=r"'llama3\.2' is unknown: pass price="):
+        _cost = session.cost
 
 
 def test_limits_are_the_sdks_and_http_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock()
-    for name in ("HTTPTransport", "AsyncHTTPTransport"):
-        monkeypatch.setattr(httpx2, name, made)
-    for make in (recording_client, async_recording_client):
+    for name, make in {"": recording_client, "Async": async_recording_client}.items():
+        monkeypatch.setattr(httpx2, f"{name}HTTPTransport", made)
         with pytest.raises(TypeError, match="http_client"):
             make(http_client=object())
     assert made.call_args_list == [((), {"limits": openai.DEFAULT_CONNECTION_LIMITS})] * 2
-
-
-def test_requests_that_name_no_model_are_recorded_without_one() -> None:
-    with client_that(lambda request: httpx2.Response(200, json={})) as client:
-        with smart_session("others") as session:
-            client.audio.transcriptions.create(model="whisper-1", file=("words.wav", b"words"))
-            client.get("/models", cast_to=object)
-    paths = ["/v1/audio/transcriptions", "/v1/models"]
-    assert [(call.path, call.model) for call in session.calls] == [(path, None) for path in paths]
-
-
-@pytest.mark.parametrize("content_type", ["text/event-stream", "audio/mpeg"])
-def test_a_long_reply_is_not_held_in_memory(content_type: str) -> None:
-    million = b"." * 999_999 + b"\n"
-    body = httpx2.Response(200, stream=Body([million] * 30), headers={"content-type": content_type})
-    with client_that(lambda request: body) as client, smart_session("long"):
-        speech = client.audio.speech.with_streaming_response
-        with speech.create(model="tts-1", voice="alloy", input="Yes.") as response:
-            tracemalloc.start()
-            try:
-                assert sum(len(piece) for piece in response.iter_bytes()) == 30_000_000
-                _now, peak = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
-    assert peak < 10_000_000
-
-
-def test_a_call_outside_a_session_is_sent_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with client_that(answering()) as client:
-        assert chat(client).choices
-    assert "no session is current: /v1/chat/completions is not recorded" in caplog.text
 
 
 def test_closing_a_client_closes_its_transport() -> None:
@@ -448,16 +322,12 @@ def test_closing_a_client_closes_its_transport() -> None:
 
 
 def test_each_attempt_of_the_sdk_is_a_call_with_its_own_error() -> None:
-    busy = {"error": {"message": "slow down"}}
-    replies = [
-        httpx2.Response(429, headers=NO_RETRY_DELAY, json=busy),
-        httpx2.Response(500, headers=NO_RETRY_DELAY, text="oops"),
-        httpx2.Response(200, json=completion()),
-    ]
-    with client_that(lambda request: replies.pop(0)) as client, smart_session("tries") as session:
-        chat(client)
-    assert [call.error for call in session.calls] == ["HTTP 429", "HTTP 500", None]
-    assert [call.usage is None for call in session.calls] == [True, True, False]
+    at_once = {"retry-after-ms": "1"}
+    replies = [httpx2.Response(status, headers=at_once, text="oops") for status in (429, 500)]
+    with asking_session("tries", [*replies, reply_with({"content": "yes"})]) as session:
+        ask("Is it?")
+    outcomes = [(call.error, call.usage is None) for call in session.calls]
+    assert outcomes == [("HTTP 429", True), ("HTTP 500", True), (None, False)]
     assert all(call.duration is not None for call in session.calls)
 
 
@@ -470,197 +340,118 @@ def sse(*events: dict[str, Any]) -> list[bytes]:
     return [f"data: {json.dumps(event)}\n\n".encode() for event in events]
 
 
-def chunk(word: str | None = None, **more: Any) -> dict[str, Any]:
-    choices = [] if word is None else [{"index": 0, "delta": {"content": word}}]
-    return {"id": "1", "created": 0, "model": "gpt-4o-mini", "choices": choices, **more}
+CHUNK = {"model": "gpt-4o-mini", "choices": [{"index": 0, "delta": {"content": "Yes"}}]}
+STREAM = [*sse(CHUNK, CHUNK, CHUNK | {"choices": [], "usage": USAGE}), b"data: [DONE]\n\n"]
+OVERLOADED = {"error": {"message": "overloaded", "type": "server_error"}}
 
 
-USAGE = {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}
-STREAM = [*sse(chunk("Yes", usage=None), chunk(" indeed"), chunk(usage=USAGE)), b"data: [DONE]\n\n"]
+def stream_of(*pieces: bytes | Exception) -> httpx2.Response:
+    """A stream in pieces, which an exception breaks off."""
+    content: Any = iter(Mock(side_effect=pieces), None)  # gives or raises one after the other
+    return httpx2.Response(200, headers=EVENT_STREAM, content=content)
 
 
-class Body(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """A reply in pieces, which notes how far it was read and whether it was closed."""
-
-    def __init__(self, pieces: list[bytes], error: Exception | None = None) -> None:
-        self.pieces, self.error = pieces, error
-        self.sent: list[bytes] = []
-        self.closed = self.reading_ended = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        for piece in self.pieces:
-            self.sent.append(piece)
-            yield piece
-        if self.error:
-            raise self.error
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            for piece in self:
-                await asyncio.sleep(0)
-                yield piece
-        finally:
-            self.reading_ended = True
-
-    def close(self) -> None:
-        self.closed = True
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-    def reply(self, request: object) -> httpx2.Response:
-        return httpx2.Response(200, headers=EVENT_STREAM, stream=self)
-
-
-def words(stream: Any) -> list[str]:
-    return [event.choices[0].delta.content for event in stream if event.choices]
-
-
-async def async_words(client: Any) -> list[str]:
-    stream = await chat(client, stream=True)
-    return [event.choices[0].delta.content async for event in stream if event.choices]
-
-
-@pytest.mark.parametrize("size", [1, 7, 4096])
-def test_a_stream_is_recorded_as_it_passes_however_it_is_cut(size: int) -> None:
-    whole = b"".join(STREAM).replace(b"\n", b"\r\n" if size == 7 else b"\n")
-    body = Body([whole[start : start + size] for start in range(0, len(whole), size)])
-    received = []
-    with client_that(body.reply, clock=FakeClock()) as client, smart_session("stream") as session:
+def test_a_stream_is_recorded_however_it_is_cut() -> None:
+    whole = b"".join(STREAM).replace(b"\n", b"\r\n")
+    reply = stream_of(*(whole[start : start + 7] for start in range(0, len(whole), 7)))
+    with client_that([reply], clock=FakeClock()) as client, smart_session("stream") as session:
         create = client.chat.completions.with_streaming_response.create
         with create(model="m", messages=[], stream=True) as response:
-            for piece in response.iter_bytes():
-                received.append(piece)
-                assert body.sent == received
-    assert b"".join(received) == whole
+            assert b"".join(response.iter_bytes()) == whole
     (call,) = session.calls
-    assert (call.model, call.error, call.duration) == ("gpt-4o-mini", None, 1.0)
-    assert call.cost == Decimal("0.00045")
-    assert body.closed
+    assert call == Call("/v1/chat/completions", "gpt-4o-mini", call.usage, COST, duration=1.0)
+
+
+def test_a_long_reply_is_not_held_in_memory() -> None:
+    for kind in ("text/event-stream", "audio/mpeg"):
+        reader = chapter.ReplyReader(Call("/v1/audio/speech"), Mock(), FakeClock(), None)
+        reader.watch(httpx2.Response(200, headers={"content-type": kind}))
+        for piece in [b"." * 999_999, b".\n"] * 3:
+            reader.feed(piece)
+        assert not reader._unread
 
 
 def test_an_abandoned_stream_is_recorded_even_if_it_is_never_closed() -> None:
+    source = iter(STREAM)
+    reply = httpx2.Response(200, headers=EVENT_STREAM, content=source)
     with smart_session("abandoned") as session:
         session.record(call := Call("/v1/chat/completions"))
         reader = chapter.ReplyReader(call, session, FakeClock(), chapter.list_price)
-        pieces = iter(reader.watch(Body(STREAM).reply(None)).stream)
+        pieces = iter(reader.watch(reply).stream)
         next(pieces)
+        assert next(source) == STREAM[1]  # nothing was read in advance
         pieces.close()  # as the garbage collector does
     assert (call.usage, call.error, call.duration) == (None, None, 1.0)
 
 
-LOST = httpx2.ReadError("connection lost")
-
-
-@pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.asyncio
-async def test_an_async_stream_that_is_left_or_breaks_is_closed_at_once(breaks: bool) -> None:
-    body = Body(STREAM[:1], LOST) if breaks else Body(STREAM * 50)
-    async with async_client_that(body.reply) as client:
+async def test_async_calls_that_are_left_or_cancelled_are_recorded_at_once() -> None:
+    async def content() -> AsyncIterator[bytes]:
+        for piece in STREAM:
+            yield piece
+
+    source = content()
+    reply = httpx2.Response(200, headers=EVENT_STREAM, content=source)
+    async with async_client_that([reply, asyncio.CancelledError()]) as client:
         with smart_session("left") as session:
             create = client.chat.completions.with_streaming_response.create
-            raw = create(model="gpt-4o-mini", messages=[], stream=True)
-            async with raw as response, aclosing(response.http_response.aiter_bytes()) as pieces:
-                await anext(pieces)
-                if breaks:
-                    with pytest.raises(httpx2.ReadError):
-                        await anext(pieces)
-            assert body.reading_ended
-    (call,) = session.calls
-    assert (call.error, call.duration is not None) == ("ReadError" if breaks else None, True)
-    assert body.closed
+            async with create(model="gpt-4o-mini", messages=[], stream=True) as response:
+                async with aclosing(response.http_response.aiter_bytes()) as pieces:
+                    await anext(pieces)
+            assert [piece async for piece in source] == []  # it is closed
+            with pytest.raises(asyncio.CancelledError):
+                await chat(client)
+    assert [call.error for call in session.calls] == [None, "CancelledError"]
+    assert all(call.duration is not None for call in session.calls)
 
 
-@patch.multiple(Body, close=Mock(side_effect=OSError), aclose=AsyncMock(side_effect=OSError))
-@pytest.mark.asyncio
-async def test_a_call_is_complete_even_if_its_connection_fails_to_close() -> None:
-    with client_that(Body(STREAM).reply) as client, smart_session("fails") as session:
-        with pytest.raises(OSError):  # noqa: PT011
-            chat(client, stream=True).close()
-        async with async_client_that(Body(STREAM).reply) as async_client:
-            stream = await chat(async_client, stream=True)
-            with pytest.raises(OSError):  # noqa: PT011
-                await stream.close()
-    assert [call.duration is not None for call in session.calls] == [True, True]
-
-
-def refuse(request: httpx2.Request) -> httpx2.Response:
-    raise httpx2.ConnectError("refused")
-
-
-OVERLOADED = {"error": {"message": "overloaded", "type": "server_error"}}
+def test_a_call_is_complete_even_if_its_connection_fails_to_close() -> None:
+    fails = {"side_effect": ConnectionError}
+    body, reader = Mock(close=Mock(**fails), aclose=AsyncMock(**fails)), Mock()
+    recorded = chapter.RecordedBody(body, reader)
+    with pytest.raises(ConnectionError):
+        recorded.close()
+    with pytest.raises(ConnectionError):
+        asyncio.run(recorded.aclose())
+    assert reader.finish.call_count == 2
 
 
 @pytest.mark.parametrize(
-    ("stream", "handler", "raised", "recorded"),
+    ("reply", "raised", "recorded"),
     [
-        (False, refuse, openai.APIConnectionError, "ConnectError"),
-        (False, lambda request: httpx2.Response(200, json=OVERLOADED), None, "error in the reply"),
-        (True, Body([*STREAM[:1], *sse(OVERLOADED)]).reply, openai.APIError, "error in the reply"),
-        (True, Body(STREAM[:1], LOST).reply, openai.APIConnectionError, "ReadError"),
+        (httpx2.ConnectError("refused"), openai.APIConnectionError, "ConnectError"),
+        (httpx2.Response(200, json=OVERLOADED), None, "error in the reply"),
+        (stream_of(STREAM[0], *sse(OVERLOADED)), openai.APIError, "error in the reply"),
+        (stream_of(STREAM[0], httpx2.ReadError("lost")), openai.APIConnectionError, "ReadError"),
     ],
 )
-def test_an_error_is_recorded_and_comes_out(
-    stream: bool, handler: Handler, raised: type[Exception] | None, recorded: str
-) -> None:
-    options: Any = {"max_retries": 0, "clock": FakeClock()}
-    with client_that(handler, **options) as client, smart_session("fails") as session:
+def test_an_error_is_recorded_and_comes_out(reply: Any, raised: Any, recorded: str) -> None:
+    with asking_session("fails", [reply], max_retries=0, clock=FakeClock()) as session:
         with pytest.raises(raised) if raised else nullcontext():
-            reply = chat(client, stream=stream)
-            if stream:
-                words(reply)
+            list(chat(session.client, stream=True))
     (call,) = session.calls
     assert (call.error, call.model, call.duration) == (recorded, "gpt-4o-mini", 1.0)
-
-
-@pytest.mark.asyncio
-async def test_a_cancelled_call_is_recorded_as_cancelled() -> None:
-    async def handler(request: httpx2.Request) -> None:
-        task.cancel()
-        await asyncio.Event().wait()
-
-    async with async_client_that(handler) as client:
-        with smart_session("cancelled") as session:
-            task = asyncio.create_task(chat(client))
-            with pytest.raises(asyncio.CancelledError):
-                await task
-    assert [call.error for call in session.calls] == ["CancelledError"]
-
-
-# --- What the demos show ---
-
-
-TREE = """
-article
-├── call 1: gpt-4o-mini, 1 → 4 tokens, $0.00000255
-├── title
-│   └── call 2: gpt-4o-mini, 2 → 5 tokens, $0.0000033
-└── call 3: gpt-4o-mini, 3 → 6 tokens, $0.00000405
-✓ `smart_session`: article itself recorded 2 of its 2 calls.
-"""
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_each_demo_shows_the_failure_first_and_asks_a_model_only_live(
     live: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def handle_request(transport: object, request: httpx2.Request) -> Any:
-        asked.append((request.url.host, json.loads(request.content)["model"]))
-        return chapter.stand_in(request)
-
-    asked: list[tuple[str, str]] = []
+    server = Mock(side_effect=chapter.stand_in)
     monkeypatch.setattr(chapter, "live", False)  # so that it is False again after the test
-    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", handle_request)
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", server)
     monkeypatch.setattr(sys, "argv", ["04_smart_session.py", *["--live"] * live])
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://192.0.2.1/v1")
-    monkeypatch.setenv("OPENAI_MODEL", "local-model")
+    settings = {"API_KEY": "sk-test", "BASE_URL": "http://192.0.2.1/v1", "MODEL": "local-model"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"OPENAI_{name}", value)
     assert chapter.main() == 0
+    asked = [call.args[0].url.host for call in server.call_args_list]
     out, err = capsys.readouterr()
-    assert (err, asked) == ("", [("192.0.2.1", "local-model")] * (5 + 4) * live)  # demos 2 and 4
+    assert (err, asked) == ("", ["192.0.2.1"] * (5 + 4) * live)  # demos 2 and 4
     assert "".join(re.findall(r"^[✗✓](?= )", out, re.MULTILINE)) == "✗✓✗✓✗✓✓✓✓✗✓✗✓"
     assert "they find: ada → bob, bob → None." in out
     assert "Requests sent: 4, recorded: 3." in out
     assert ("Demos 2 and 4 ask a real model." in out) == live
     assert ("call 1: local-model, 1 → 4 tokens, ?" in out) == live  # its price is unknown
-    assert (TREE in re.sub(" +\n", "\n", out)) == (not live)
+    assert ("├── call 1: gpt-4o-mini, 1 → 4 tokens, $0.00000255" in out) == (not live)
+    assert ("│   └── call 2: gpt-4o-mini, 2 → 5 tokens, $0.0000033" in out) == (not live)
