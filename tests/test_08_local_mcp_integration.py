@@ -13,13 +13,13 @@ import os
 import pickle
 import re
 import resource
+import runpy
+import selectors
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,52 +33,48 @@ from conftest import chapter_path, load_chapter
 from contract import ASYNC_WAYS, Subject, Way
 from left_behind import child_processes, open_descriptors
 from mcp.server import MCPServer
-from mcp.server.mcpserver import Context, Image
-from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import Tool
-from openai import APIStatusError, AsyncOpenAI
-from starlette.responses import JSONResponse, Response
-from waiting import until
+from mcp.server.mcpserver import Context
+from mcp.types import CallToolResult, ImageContent, TextContent, Tool
+from openai import AsyncOpenAI
+from waiting import until, until_sync
 
 chapter: Any = load_chapter(8)
-ServerError = chapter.ServerError
+Config, ServerError = chapter.ServerConfig, chapter.ServerError
 text_of = chapter.result_text
 INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 Quick = Callable[..., Any]
 Said = Callable[[], list[str]]
-Jump = Callable[[Callable[[], object]], Coroutine[Any, Any, None]]
+Jump = Callable[..., Any]
 
 QUICK = """\
 import fcntl, json, os, signal, subprocess, sys, time
 
 words = sys.argv[1:]
-def ignore(*signal_and_frame):
-    print("ignores-sigterm", file=sys.stderr, flush=True)
+def say(word):
+    os.write(2, f"{word}\\n".encode())
 
 if "ignores-sigterm" in words:
-    signal.signal(signal.SIGTERM, ignore)
+    signal.signal(signal.SIGTERM, lambda *_signal: say("ignores-sigterm"))
 if "crashes" in words:
     sys.exit("no luck at all\\n  | no luck today\\n  +------\\n")
-for word in {"spawns", "daemon"} & set(words):  # each holds all three pipes
-    sleep = ["sleep", str(10**6 + os.getpid())]
-    subprocess.Popen(sleep, start_new_session=word == "daemon")
+if "spawns" in words:  # it holds all three pipes
+    subprocess.Popen(["sleep", "NUMBER"])
+if "daemon" in words:
+    say(subprocess.Popen(["sleep", "NUMBER"], start_new_session=True).pid)
 
 tools = [{"name": name, "inputSchema": {"type": "object"}} for name in
-         "echo pid dies waits grows refuses lies babbles garbles quits get_current_time".split()]
-tools[6]["outputSchema"] = {"type": "object", "required": ["truth"]}
+         "echo waits grows refuses lies babbles garbles quits get_current_time".split()]
+tools[4]["outputSchema"] = {"type": "object", "required": ["truth"]}
 
 def send(**message):
     print(json.dumps({"jsonrpc": "2.0", **message}), flush=True)
 
 def call(name, arguments):
-    text = str(os.getpid()) if name == "pid" else json.dumps(arguments)
-    if name == "dies":
-        print("so long", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif name == "waits":
-        print("waiting", file=sys.stderr, flush=True)
+    text = json.dumps(arguments)
+    if name == "waits":
+        say("waiting")
         return {}
     elif name == "grows":
         tools.append({"name": "grown", "inputSchema": {"type": "object"}})
@@ -87,7 +83,7 @@ def call(name, arguments):
         return {"error": {"code": -32000, "message": "not today"}}
     elif name == "garbles":
         os.write(1, b"\\xff is not a message\\n")
-        os.write(2, b"x" * 200_000)  # more than a pipe holds: somebody must read it
+        say("x" * 200_000)  # more than a pipe holds: somebody must read it
     elif name == "quits":
         fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 2**20)
         text = "x" * 900_000  # all of it is in the pipe when it exits
@@ -100,7 +96,7 @@ for line in sys.stdin:
     method, params = request["method"], request.get("params", {})
     answer = {"error": {"code": -32601, "message": "no such method"}}
     if f"silent-at={method}" in words:
-        print("silent", file=sys.stderr, flush=True)
+        say("silent")
         continue
     if f"dies-at={method}" in words:
         os._exit(3)
@@ -112,78 +108,61 @@ for line in sys.stdin:
         page = int(params.get("cursor", 0))
         answer = {"result": {"tools": tools[3 * page:][:3]}}
         if 3 * page + 3 < len(tools) or "endless" in words:
-            answer["result"]["nextCursor"] = str(0 if "repeats" in words else page + 1)
+            answer["result"]["nextCursor"] = str(page + 1)
     elif method == "tools/call":
         answer = call(params["name"], params.get("arguments"))
     if "id" in request and answer:
         send(id=request["id"], **answer)
     if params.get("name") == "quits":
         os._exit(0)
-for word in words:
-    if word.startswith("farewell="):
-        for _line in range(3000):  # more than a pipe holds
-            send(method="notifications/farewell")
-        open(word[9:], "w").close()
+if "farewell" in words:
+    for _line in range(3000):  # more than a pipe holds
+        send(method="notifications/farewell")
 while "ignores-eof" in words:
-    print("ignores-eof", file=sys.stderr, flush=True)
+    say("ignores-eof")
     time.sleep(1000)
 """
-QUICK += f"# for the tests in process {os.getpid()}\n"
+NUMBER = str(10**9 + os.getpid())  # in the command of each process that this file starts
+QUICK = QUICK.replace("NUMBER", NUMBER)
 
 
 @pytest.fixture(autouse=True)
-def no_test_hangs() -> Iterator[None]:
-    """A test that hangs shows where, and ends all."""
-    faulthandler.dump_traceback_later(45, exit=True, file=sys.__stderr__ or 2)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.fixture
 def quick(monkeypatch: Patch) -> Iterator[Quick]:
     """Makes the configuration of a quick server that misbehaves in the given ways.
 
     It speaks the older protocol, so "auto" asks it once for the newer one in vain. It has 0.1 s
-    each to heed the end of its input and SIGTERM, instead of 2 s. After the test no such server may
-    be alive, whoever its parent is by then, and no pipe was closed while the loop watched it.
+    each to heed the end of its input and SIGTERM, instead of 2 s. After the test no such server,
+    and nothing that it has started, may be alive, and no pipe was closed while the loop watched it.
+    A test that hangs shows where, and ends all.
     """
-    closed, loop = list[int](), asyncio.SelectorEventLoop
+    closed, unregister = list[Any](), selectors.DefaultSelector.unregister
 
-    def checked(remove: Callable[[Any, int], bool]) -> Callable[[Any, int], bool]:
-        def checked_remove(loop: Any, descriptor: int) -> bool:
-            closed.extend({descriptor} - {*open_descriptors()})
-            return remove(loop, descriptor)
+    def checked(selector: Any, descriptor: Any) -> Any:
+        closed.extend({descriptor} - {*open_descriptors()})
+        return unregister(selector, descriptor)
 
-        return checked_remove
-
-    monkeypatch.setattr(loop, "remove_reader", checked(loop.remove_reader))
-    monkeypatch.setattr(loop, "remove_writer", checked(loop.remove_writer))
+    monkeypatch.setattr(selectors.DefaultSelector, "unregister", checked)
     monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 0.1)
     monkeypatch.setattr("mcp.shared.jsonrpc_dispatcher._ABANDON_WRITE_TIMEOUT", 0.1)
 
     def config(*words: str, command: str = sys.executable, **options: Any) -> Any:
         args = ["-S", "-E", "-c", QUICK, *words]
-        return chapter.ServerConfig(command=command, args=args, **options)
+        return Config(command=command, args=args, **options)
 
+    # Sooner than pytest's own limit, in place of it; pytest lifts it after the last clean-up.
+    faulthandler.dump_traceback_later(45, exit=True, file=sys.__stderr__ or 2)
     yield config
+    until_sync(lambda: not any(NUMBER in command for command in commands()))
     assert not closed
-    assert not [group for group, command in processes() if QUICK in command]
 
 
-def processes() -> list[tuple[int, str]]:
-    """The group and the command of each process that has not ended (init buries zombies)."""
+def commands() -> list[str]:
+    """The commands of all processes; one that has ended has none."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            state, _parent, group, *_more = (folder / "stat").read_text().rpartition(")")[2].split()
-            if state != "Z":
-                found.append((int(group), (folder / "cmdline").read_text(errors="replace")))
+            found.append(path.read_text(errors="replace"))
     return found
-
-
-def left() -> dict[Any, str]:
-    """What a hub may leave behind: descriptors and children."""
-    return {**open_descriptors(), **{f"pid {pid}": what for pid, what in child_processes().items()}}
 
 
 @pytest.fixture
@@ -194,272 +173,181 @@ def said(caplog: pytest.LogCaptureFixture) -> Said:
 
 
 @pytest.fixture
-def kills(monkeypatch: Patch) -> list[tuple[int, int, str]]:
-    """What the hub kills: group, signal, and what its leader is then ("zombie" if it has ended)."""
-    sent, killpg = list[tuple[int, int, str]](), os.killpg
-
-    def kill(group: int, number: int) -> None:
-        sent.append((group, number, child_processes().get(group, "gone")))
-        killpg(group, number)
-
-    monkeypatch.setattr(os, "killpg", kill)
-    return sent
-
-
-@pytest.fixture
-def jump(monkeypatch: Patch) -> Jump:
-    """Lets 31 s pass for the event loop once a condition holds: a limit of 30 s is reached."""
+def jump(monkeypatch: Patch, said: Said) -> Jump:
+    """Lets 31 s pass for the event loop each time that a server says the next of these words."""
     passed, real = 0.0, asyncio.BaseEventLoop.time
     monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: real(loop) + passed)
 
-    async def after(condition: Callable[[], object]) -> None:
-        nonlocal passed
-        await until(condition)
-        passed += 31
+    @asynccontextmanager
+    async def jumping(*words: str) -> AsyncIterator[None]:
+        async def jump() -> None:
+            nonlocal passed
+            for word in words:
+                await until(lambda: word in "".join(said()))  # noqa: B023
+                passed += 31
 
-    return after
+        task = asyncio.create_task(jump())
+        yield
+        await task
 
-
-def states(changes: list[str]) -> Callable[[Any], None]:
-    return lambda status: changes.append(status.state)
+    return jumping
 
 
 async def echo(hub: Any, server: str = "a") -> None:
     assert text_of(await hub.call(server, "echo", {"n": 1})) == '{"n": 1}'
 
 
-# --- Configuration ---
-
-
-def written(folder: Path, document: object) -> Path:
-    path = folder / "mcp.json"
-    path.write_text(document if isinstance(document, str) else json.dumps(document))
-    return path
-
-
 def test_a_hosts_file_is_read_and_filled_in(tmp_path: Path, said: Said, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOST", "example.org")
     servers = {
         "a": {"command": "${HOST}", "args": ["-h ${HOST}"], "env": {"K": "${HOST}"}, "cwd": "/"},
-        "b": {"url": "http://${HOST}/mcp", "headers": {"X": "${HOST}"}, "required": False},
+        "b": {"url": "http://${HOST}/mcp", "headers": {"K": "${HOST}"}, "required": False},
         "c": {"type": "sse", "url": "https://example.org/sse", "mode": "legacy", "argz": []},
         "off": {"command": "${NOT_SET}", "disabled": True},
     }
-    path = written(tmp_path, {"mcpServers": servers, "theme": "dark"})
-    a, b, c = chapter.load_config(path).values()
-    assert (a.command, a.args, a.cwd) == ("example.org", ["-h example.org"], "/")
-    assert (a.env, b.headers) == ({"K": "example.org"}, {"X": "example.org"})
-    assert (str(b.url), c.type) == ("http://example.org/mcp", "sse")
-    assert (a.mode, c.mode, a.required, b.required) == ("auto", "legacy", True, False)
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps({"mcpServers": servers, "theme": "dark"}))
+    args, variables = ["-h example.org"], {"K": "example.org"}
+    assert chapter.load_config(path) == {
+        "a": Config(command="example.org", args=args, env=variables, cwd="/"),
+        "b": Config(url="http://example.org/mcp", headers=variables, required=False),
+        "c": Config(type="sse", url="https://example.org/sse", mode="legacy"),
+    }
     assert said() == [f"mcp_hub: {path}: mcpServers.c: unknown key 'argz'"]
-    with pytest.raises(AttributeError):
-        a.command = "y"
-    assert chapter.ServerConfig(command="${HOST}").command == "${HOST}"  # not from a file
+    assert Config(command="${HOST}").command == "${HOST}"  # not from a file
 
 
-SECRET = {"K": "sk-secret"}
 # The entry of a server, or the whole file, and what the user is told.
-BAD: dict[str, tuple[Any, list[str]]] = {
-    "no file": (None, ["No such file"]),
-    "not JSON": ("{", ["mcp.json", "Invalid JSON", "line 1"]),
-    "server not an object": (3, ["mcpServers.git", "object", "not 3"]),
-    "command": ({"command": 3}, ["git.command", "string", "not 3"]),
-    "disabled": ({"command": "x", "disabled": 1}, ["git.disabled"]),
-    "mode": ({"command": "x", "mode": "old"}, ["git.mode", "'old'"]),
-    "url": ({"url": "localhost:80"}, ["git.url", "localhost:80"]),
-    "type": ({"url": "http://h/", "type": "ws"}, ["git.type", "'ws'"]),
-    "neither": ({}, ["git", "either a command"]),
-    "both": ({"command": "x", "url": "http://h/", "env": SECRET}, ["git", "either a command"]),
-    "another host's": ('{"servers": {"K": "sk-secret"}}', ["mcpServers", "required"]),
-    "http command": ({"command": "x", "type": "http"}, ["git", "'http'"]),
-    "unset": ({"command": "x", "args": ["${NOT_SET}"]}, ["git.args.0", "variable NOT_SET is not"]),
+BOTH = {"command": "x", "url": "http://h/", "env": {"K": "sk-secret"}}
+BAD: dict[str, tuple[Any, str]] = {
+    "no file": (None, "No such file"),
+    "not JSON": ("{", "the file: Invalid JSON"),
+    "server not an object": (3, "mcpServers.git: "),
+    "command": ({"command": 3}, "git.command: Input should be a valid string, not 3"),
+    "both": (BOTH, "git: there must be either a command"),
+    "another host's": ('{"servers": {"K": "sk-secret"}}', "mcpServers: Field required"),
+    "http command": ({"command": "x", "type": "http"}, "git: 'http' is not the type"),
+    "unset": ({"command": "x", "args": ["${NOT_SET}"]}, "git.args.0: the environment variable"),
 }
 
 
-@pytest.mark.parametrize(("given", "words"), BAD.values(), ids=BAD)
-def test_a_bad_configuration_is_one_line(tmp_path: Path, given: object, words: list[str]) -> None:
-    document = given if isinstance(given, str) else {"mcpServers": {"git": given}}
-    path = tmp_path / "mcp.json" if given is None else written(tmp_path, document)
-    with pytest.raises(chapter.ConfigError) as caught:
+@pytest.mark.parametrize(("given", "told"), BAD.values(), ids=BAD)
+def test_a_bad_configuration_is_one_line(tmp_path: Path, given: object, told: str) -> None:
+    path = tmp_path / "mcp.json"
+    if given is not None:
+        document = given if isinstance(given, str) else json.dumps({"mcpServers": {"git": given}})
+        path.write_text(document)
+    with pytest.raises(chapter.ConfigError, match=f"^{path}: .*{told}.*$") as caught:
         chapter.load_config(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    assert "\n" not in message
-    assert all(word in message for word in words), message
-    assert "sk-secret" not in message
+    assert "sk-secret" not in str(caught.value)
 
 
-# --- The contract, and starting ---
+def slow_server(events: list[str], seconds: float = 0, starts: bool = True) -> MCPServer[Any]:
+    """A server in this process whose lifespan awaits something when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(server: Any) -> AsyncIterator[None]:
+        events.append("opened")
+        try:
+            while not starts:
+                await asyncio.Event().wait()
+            yield
+        finally:
+            await asyncio.sleep(seconds)
+            events.append("closed")
+
+    return tools_server(lifespan)
 
 
 @pytest.mark.parametrize("way", ASYNC_WAYS)
 def test_the_hub_keeps_the_cleanup_contract(way: Way, quick: Quick) -> None:
     """With a child and a server in this process."""
-    before: dict[Any, str] = {}
-    slow = Slow(0)
-    servers = {"a": (child := quick(mode="legacy")), "b": slow.server}
-
-    def connected() -> Any:
-        before.update({} if before else left())  # here: the event loop has descriptors of its own
-        return chapter.connect(servers)
-
-    def leaks() -> object:
-        there = [what for key, what in left().items() if before and key not in before]
-        return there or (slow.opened != slow.closed and "a lifespan")
-
+    events, child = list[str](), quick(mode="legacy")
+    servers = {"a": child, "b": slow_server(events)}
+    broken = [partial(mock.patch.dict, vars(child), command=c) for c in ("/no/such", "false")]
     subject = Subject(
-        open=connected,
-        leaks=leaks,
+        open=lambda: chapter.connect(servers),
+        leaks=lambda: child_processes() or events.count("opened") != events.count("closed"),
         use=echo,
         closed_error=ServerError,
-        setup_faults=[
-            partial(mock.patch.dict, vars(child), command=command)
-            for command in ("/no/such/program", "false")
-        ],
+        setup_faults=broken,
         cleanup_faults="a server that fails to end is given up or killed: that is no error",
     )
     way(subject)
 
 
-@pytest.mark.asyncio
-async def test_the_status_has_pid_tools_and_start_up_time(quick: Quick) -> None:
-    changes: list[tuple[str, str]] = []
-    servers = {"a": quick(), "b": quick("crashes", required=False), "off": quick(disabled=True)}
-    connected = chapter.connect(servers, on_change=lambda s: changes.append((s.name, s.state)))
-    async with connected as hub:
-        status = hub.statuses["a"]
-        assert (status.name, status.state, status.error) == ("a", "ready", "")
-        assert status.pid == int(text_of(await hub.call("a", "pid")))
-        assert status.startup > 0
-        assert [tool.name for tool in status.tools][-2:] == ["quits", "get_current_time"]
-        assert hub.tools == {"a": status.tools}
-    assert sorted(changes) == [("a", "ready"), ("a", "stopped"), ("b", "failed")]
-    assert {name: status.pid for name, status in hub.statuses.items()} == {"a": None, "b": None}
-
-
-@pytest.mark.parametrize("probed", ["silent", "dies"])
-@pytest.mark.asyncio
-async def test_a_server_that_fears_the_newer_protocol_starts(
-    quick: Quick, said: Said, jump: Jump, probed: str
-) -> None:
-    silence = asyncio.create_task(jump(said)) if probed == "silent" else None
-    servers = {"a": quick(f"{probed}-at=server/discover", "ignores-eof")}
-    async with chapter.connect(servers, startup_timeout=60) as hub:
-        await echo(hub)
-    if silence:
-        await silence
-
-
-# In each case: how the server misbehaves or is configured, and what the user is told.
-LATE = r"was not ready within 30 s(; its last words: .*)?"
+# In each case: how the server misbehaves or is configured, and what the user is told, if anything.
+LATE = r"was not ready within 60 s(; its last words: .*)?"
 ENDLESS = "ValueError: its list of tools has no end: there is more after 100 pages"
-BAD_STARTS: dict[str, tuple[str, Any, str]] = {
+STARTS: dict[str, tuple[str, Any, str]] = {
+    "dies when probed": ("dies-at=server/discover ignores-eof", {}, ""),
+    "silent when probed": ("silent-at=server/discover ignores-eof", {}, ""),
     "program": ("", {"command": "no-such-program"}, "No such file or directory: no-such-program"),
-    "directory": ("", {"cwd": "/no/such/folder"}, "No such file or directory: /no/such/folder"),
     "crash": ("crashes", {}, "ended; its last words: no luck today"),
-    "crash at initialize": ("dies-at=initialize", {}, "ended"),
-    "crash at tools/list": ("dies-at=tools/list", {}, "ended"),
-    "silent at initialize": ("silent-at=initialize ignores-eof ignores-sigterm", {}, LATE),
-    "silent at tools/list": ("silent-at=tools/list", {}, LATE),
     "dead at the second try": ("silent-at=server/discover dies-at=initialize", {}, "ended"),
+    "silent": ("silent-at=initialize ignores-eof ignores-sigterm", {}, LATE),
     "endless list": ("endless", {}, ENDLESS),
-    "repeated cursor": ("endless repeats", {}, ENDLESS),
 }
 
 
-@pytest.mark.parametrize(("words", "options", "told"), BAD_STARTS.values(), ids=BAD_STARTS)
+@pytest.mark.parametrize(("words", "options", "told"), STARTS.values(), ids=STARTS)
 @pytest.mark.asyncio
-async def test_a_failed_start_is_named(
-    quick: Quick, said: Said, jump: Jump, words: str, options: Any, told: str
+async def test_a_start_succeeds_with_the_older_protocol_or_is_named(
+    quick: Quick, jump: Jump, words: str, options: Any, told: str
 ) -> None:
-    """The other servers stop if it is required, and go on if it is optional."""
-    seen: list[Any] = []
+    def on_change(status: Any) -> None:
+        logging.getLogger("mcp_hub").info(f"{status.name} is {status.state}")
 
-    @asynccontextmanager
-    async def connected(**more: Any) -> AsyncIterator[Any]:
-        silences = len(said())
-        late = [jump(lambda: seen and len(said()) > silences)] if "silent" in words else []
-        jumps = [asyncio.create_task(each) for each in late]
-        servers = {"a": quick(mode="legacy"), "bad": quick(*words.split(), **options, **more)}
-        limit = 30 if told is LATE else 60
-        try:
-            connected = chapter.connect(servers, startup_timeout=limit, on_change=seen.append)
-            async with connected as hub:
-                yield hub
-        finally:
-            await asyncio.gather(*jumps)
-
-    with pytest.raises(ServerError) as caught:
-        async with connected():
-            pytest.fail("was entered")
-    assert re.fullmatch(f"MCP server 'bad' did not start: {told}", str(caught.value))
-    assert caught.value.server == "bad"
-    assert (seen[-1].name, seen[-1].state) == ("a", "stopped")
-    seen.clear()
-    async with connected(required=False) as hub:
+    b = quick(*words.split(), required=False, **options)
+    servers = {"a": quick(mode="legacy"), "b": b, "off": quick(disabled=True)}
+    jumps = ["a is ready"] * (told is LATE) + ["silent"] * ("silent" in words)
+    late = jump(*jumps)
+    async with late, chapter.connect(servers, startup_timeout=60, on_change=on_change) as hub:
         await echo(hub)
-        assert hub.statuses["bad"].state == "failed"
-        assert list(hub.tools) == ["a"]
-        with pytest.raises(ServerError, match=r"'bad' is failed: ") as caught:
-            await hub.call("bad", "echo")
-        assert re.fullmatch(f".*: {told}", str(caught.value))
-        assert await hub.check() == {"bad": str(caught.value)}
-
-
-@pytest.mark.asyncio
-async def test_servers_start_together_and_a_failure_stops_the_others_at_once(
-    quick: Quick, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", 60)
-    servers = {"slow": quick("silent-at=initialize"), "bad": quick("crashes")}
-    with pytest.raises(ServerError, match="'bad' did not start"):
-        async with asyncio.timeout(30), chapter.connect(servers, startup_timeout=60):
-            pytest.fail("was entered")
+        assert hub.statuses["a"].startup > 0
+        if not told:
+            await echo(hub, "b")
+            return
+        assert (hub.statuses["b"].state, list(hub.tools)) == ("failed", ["a"])
+        with pytest.raises(ServerError) as caught:
+            await hub.call("b", "echo")
+        assert re.fullmatch(f"MCP server 'b' is failed: {told}", str(caught.value))
+        assert await hub.check() == {"b": str(caught.value)}
 
 
 @pytest.mark.asyncio
 async def test_with_no_descriptor_left_connect_fails(quick: Quick) -> None:
-    """With every number of free descriptors from none to enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     os.close(first_free := os.dup(0))
     failed = 0
-    try:
-        for limit in range(first_free, first_free + 100):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            with suppress(ServerError):
-                async with chapter.connect({"a": quick(mode="legacy")}) as hub:
-                    await echo(hub)
-                    break
+    for limit in range(first_free, first_free + 30):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            async with chapter.connect({"a": quick(mode="legacy")}):
+                break
+        except ServerError:
             failed += 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert 3 < failed < 100
-
-
-# --- Calling ---
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert 3 < failed < 30
 
 
 # In each case: a tool and its arguments, or a request, and what the user is told.
 BAD_CALLS: list[tuple[Any, Any, str]] = [
-    ("x", {}, "has no tool 'x'; it has: echo, pid, dies, "),
+    ("x", {}, "has no tool 'x'; it has: echo, waits, "),
     ("refuses", {}, "failed at tool 'refuses': MCPError: not today"),  # with code -32000
     ("lies", {}, "failed at tool 'lies': RuntimeError: Invalid structured content"),
     ("waits", {}, "did not answer tool 'waits' within 30 s"),
     ("echo", {"text": "\ud800"}, "cannot be sent these arguments: Error serializing to JSON: "),
-    ("echo", {"text": object()}, "cannot be sent these arguments: Unable to serialize unknown"),
     ("echo", {1: 2}, "cannot be sent these arguments: Pydantic"),
-    (lambda client: client.read_resource(3), None, "failed at the request: ValidationError: "),
     (mock.AsyncMock(side_effect=OSError), None, "failed at the request: OSError"),
     (lambda client: client.list_prompts(), None, "failed at the request: MCPError: no such method"),
 ]
 
 
 @pytest.mark.asyncio
-async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(
-    quick: Quick, said: Said, jump: Jump
-) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        waited = asyncio.create_task(jump(said))  # "waiting"
+async def test_whatever_a_call_meets_is_a_server_error(quick: Quick, jump: Jump) -> None:
+    async with jump("waiting"), chapter.connect({"a": quick(), "b": quick()}) as hub:
         for tool, arguments, told in BAD_CALLS:
             with pytest.raises(ServerError) as caught:
                 await (hub.ask("a", tool) if arguments is None else hub.call("a", tool, arguments))
@@ -468,47 +356,32 @@ async def test_whatever_a_call_meets_is_a_server_error_and_the_server_lives(
             copy = pickle.loads(pickle.dumps(caught.value))
             assert (str(copy), copy.server) == (str(caught.value), "a")
             await echo(hub)
-            assert hub.statuses["a"].state == "ready"
         with pytest.raises(ServerError, match=r"'c' is not known; there are: a, b$"):
             await hub.call("c", "echo")
-        await waited
 
 
 @pytest.mark.asyncio
-async def test_odd_bytes_do_no_harm_and_last_words_are_heard(
-    quick: Quick, tmp_path: Path, said: Said, monkeypatch: Patch
-) -> None:
-    """A child has time to say goodbye, too, and its last answer arrives."""
-    monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 10)
-    servers = {"a": quick(f"farewell={tmp_path / 'done'}"), "b": quick(), "c": quick()}
-    async with chapter.connect(servers) as hub:
-        assert len(text_of(await hub.call("c", "quits"))) == 900_000
+async def test_odd_bytes_do_no_harm_and_the_last_answer_arrives(quick: Quick, said: Said) -> None:
+    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
+        assert len(text_of(await hub.call("b", "quits"))) == 900_000
         await hub.call("a", "garbles")
         given = {"text": "\N{SNOWMAN}" * 1_000_000}  # more than a pipe holds
         assert json.loads(text_of(await hub.call("a", "echo", given))) == given
         page = await hub.ask("a", lambda client: client.list_tools(cursor="2"))
-        assert [tool.name for tool in page.tools] == ["lies", "babbles", "garbles"]
-        with pytest.raises(ServerError):
-            await hub.call("b", "dies")
+        assert [tool.name for tool in page.tools] == ["garbles", "quits", "get_current_time"]
     garbled = "mcp_hub.a: on stdout, but not a message: � is not a message"
-    assert [line for line in said() if "xxx" not in line] == [garbled, "mcp_hub.b: so long"]
-    assert (tmp_path / "done").exists()
+    assert [line for line in said() if "xxx" not in line] == [garbled]
 
 
-@pytest.mark.parametrize("name", ["dies", "babbles"])
 @pytest.mark.asyncio
-async def test_a_lost_server_is_named(quick: Quick, name: str, monkeypatch: Patch) -> None:
-    """It has died, or sends a line without an end. Each call under way learns of it."""
+async def test_a_lost_server_is_named(quick: Quick, monkeypatch: Patch) -> None:
+    """It sends a line without an end. Each call under way learns of it."""
     monkeypatch.setattr(chapter, "LONGEST_LINE", 100_000)
-    words = {"dies": "so long", "babbles": "a line on stdout has more than 100000 bytes"}[name]
-    problem = f"ended; its last words: {words}"
+    problem = "ended; its last words: a line on stdout has more than 100000 bytes"
     async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        calls = [hub.call("b", tool) for tool in ("waits", "waits", name)]
+        calls = [hub.call("b", tool) for tool in ("waits", "waits", "babbles")]
         for error in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(error, ServerError)
             assert re.match(f"MCP server 'b' died during tool '.*': {problem}", str(error))
-        status = hub.statuses["b"]
-        assert (status.state, status.pid, status.error) == ("lost", None, problem)
         assert list(hub.tools) == ["a"]
         await echo(hub)
         with pytest.raises(ServerError, match=f"'b' is lost: {problem}"):
@@ -516,83 +389,62 @@ async def test_a_lost_server_is_named(quick: Quick, name: str, monkeypatch: Patc
     assert hub.statuses["b"].state == "lost"
 
 
-@pytest.mark.parametrize(("words", "has_pidfd"), [([], True), (["spawns"], True), ([], False)])
+@pytest.mark.parametrize("has_pidfd", [True, False])
 @pytest.mark.asyncio
-async def test_the_death_of_an_idle_server_is_noticed_when_it_happens(
-    quick: Quick, words: list[str], has_pidfd: bool, kills: list[Any], monkeypatch: Patch
-) -> None:
-    """Even if its own child holds the pipes open; and on macOS.
+async def test_an_idle_death_is_noticed(quick: Quick, has_pidfd: bool, monkeypatch: Patch) -> None:
+    """Even if a shell started it and its child holds the pipes. On Linux, its id is not freed."""
+    changes, killed, killpg = list[Any](), list[Any](), os.killpg
 
-    On Linux, its id stays its own until its group has been killed.
-    """
-    changes = list[Any]()
+    def kill(group: int, number: int) -> None:
+        killed.append((group, not has_pidfd or group in child_processes()))
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", kill)
     if not has_pidfd:
         monkeypatch.delattr(os, "pidfd_open")
-    servers = {"a": quick(*words), "b": quick()}
+    arguments = ["-c", 'exec "$0" "$@" 2>>/dev/null', sys.executable, *quick("spawns").args]
+    servers = {"a": Config(command="sh", args=arguments)}
     async with chapter.connect(servers, on_change=changes.append) as hub:
-        pids = [status.pid for status in hub.statuses.values()]
-        os.kill(pids[0], KILL)
+        pid = hub.statuses["a"].pid
+        os.kill(pid, KILL)
         await until(lambda: hub.statuses["a"].state == "lost")
-    assert [(change.state, change.pid) for change in changes[2:3]] == [("lost", None)]
-    assert [group for group, number, _what in kills if number == KILL] == pids
-    assert not has_pidfd or "gone" not in [what for _group, _number, what in kills]
+    assert [(change.state, change.pid) for change in changes] == [("ready", pid), ("lost", None)]
+    assert killed == [(pid, True)]
 
 
 @pytest.mark.asyncio
-async def test_a_stopped_server_is_an_error_at_the_deadline(quick: Quick, jump: Jump) -> None:
-    async with chapter.connect({"a": quick(), "b": quick()}) as hub:
-        os.kill(hub.statuses["b"].pid, signal.SIGSTOP)
-        given = {"more than a pipe holds": "x" * 1_000_000}
-        called = asyncio.create_task(hub.call("b", "echo", given))
-        await asyncio.sleep(0)
-        await jump(lambda: hub._calls)
-        with pytest.raises(ServerError, match=r"'b' did not answer tool 'echo' within 30 s"):
-            await called
-        told = "MCP server 'b' did not answer the health check within 0.1 s"
-        assert await hub.check(timeout=0.1) == {"b": told}
-        await echo(hub)
+async def test_a_stopped_server_is_an_error_at_the_deadline(quick: Quick) -> None:
+    async with chapter.connect({"a": quick()}, call_timeout=0.2) as hub:
+        os.kill(hub.statuses["a"].pid, signal.SIGSTOP)
+        with pytest.raises(ServerError, match="'a' did not answer tool 'echo' within"):
+            await hub.call("a", "echo", {"more than a pipe holds": "x" * 1_000_000})
 
 
 def tools_server(lifespan: Any = None) -> MCPServer[Any]:
     """A server in this process, with tools that end in different ways."""
     server = MCPServer("tools", lifespan=lifespan, log_level="CRITICAL")
-    waiting = asyncio.Event()
+    both = asyncio.Barrier(2)
 
     async def echo(n: int = 0) -> str:
         return json.dumps({"n": n})
 
-    async def waits() -> str:
-        await waiting.wait()
-        return "waited"
-
-    async def wakes() -> None:
-        waiting.set()
-
-    async def fails() -> str:
-        raise ToolError("no luck")
-
-    async def draws() -> list[Any]:
-        return ["a dot:", Image(data=b"dot", format="png")]
-
-    async def halves() -> str:
-        return "\udc80 x"  # half a character, which could not be sent to a model
+    async def meets() -> None:
+        await both.wait()
 
     async def grows(context: Context[Any]) -> None:
         server.add_tool(lambda: "big", name="grown")
         await context.notify_tools_changed()
 
-    for tool in (echo, waits, wakes, fails, draws, halves, grows):
-        server.add_tool(tool, structured_output=False if tool in (draws, halves) else None)
+    for tool in (echo, meets, grows):
+        server.add_tool(tool)
     return server
 
 
-@pytest.mark.parametrize("kind", ["child", "http", "sse"])
+@pytest.mark.parametrize("kind", ["child", "mcp", "sse"])
 @pytest.mark.asyncio
-async def test_a_changed_list_of_tools_is_fetched_again(
-    quick: Quick, kind: str, monkeypatch: Patch
-) -> None:
+async def test_a_changed_list_is_fetched_again(quick: Quick, kind: str, monkeypatch: Patch) -> None:
     """By the older protocol and by the newer one, which may change before it is listened to."""
-    server, changes, listen = tools_server(), list[str](), chapter.Client.listen
+    server, changes, listen = tools_server(), list[Any](), chapter.Client.listen
 
     def late(client: Any, **options: Any) -> Any:
         server.add_tool(lambda: "early", name="early")
@@ -601,258 +453,140 @@ async def test_a_changed_list_of_tools_is_fetched_again(
     monkeypatch.setattr(chapter.Client, "listen", late)
     app = server.sse_app() if kind == "sse" else server.streamable_http_app()
     async with http(app) as port:
-        config = quick() if kind == "child" else service_at(port, type=kind)
-        async with chapter.connect({"a": config}, on_change=states(changes)) as hub:
-            if kind == "http":
+        service = Config(url=f"http://127.0.0.1:{port}/{kind}", type="sse" if kind == "sse" else "")
+        servers = {"a": quick() if kind == "child" else service}
+        async with chapter.connect(servers, on_change=changes.append) as hub:
+            if kind == "mcp":
                 await until(lambda: hub.tools["a"][-1].name == "early")
             await hub.call("a", "grows")
             await until(lambda: hub.tools["a"][-1].name == "grown")
-            assert await hub.check() == {}
-    assert changes == ["ready"] * (3 if kind == "http" else 2) + ["stopped"]
+    assert len(changes) == (4 if kind == "mcp" else 3)
 
 
-# --- Leaving ---
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.asyncio
-async def test_what_a_server_has_started_does_not_outlive_it(quick: Quick, wrapped: bool) -> None:
-    """Even if a shell has started it, with a stderr of its own. A daemon leaves the group."""
-    config = quick("spawns", "daemon")
-    if wrapped:
-        arguments = ["-c", 'exec "$0" "$@" 2>>/dev/null', config.command, *config.args]
-        config = chapter.ServerConfig(command="sh", args=arguments)
-    async with chapter.connect({"a": config}) as hub:
-        leader = hub.statuses["a"].pid
-        assert leader == int(text_of(await hub.call("a", "pid")))
-        assert [group for group, _command in processes()].count(leader) == 2
-    await until(lambda: leader not in dict(processes()))
-    (daemon,) = (group for group, command in processes() if f"{10**6 + leader}" in command)
-    os.killpg(daemon, signal.SIGKILL)  # it survived, so this does not raise
+# --- Leaving, also by real signals ---
 
 
 @pytest.mark.asyncio
-async def test_a_child_is_asked_to_end_before_it_is_killed(
-    quick: Quick, said: Said, jump: Jump, kills: list[Any], monkeypatch: Patch
-) -> None:
+async def test_a_child_is_asked_to_end_first(quick: Quick, jump: Jump, monkeypatch: Patch) -> None:
     """By the end of its input, then by SIGTERM, and each time it is waited for."""
     monkeypatch.setattr(chapter, "EXIT_TIMEOUT", 30)
-    servers = {"a": [], "b": ["ignores-eof"], "c": ["ignores-eof", "ignores-sigterm"]}
-
-    async def limits(name: str) -> None:
-        for word in servers[name]:
-            await jump(lambda: f"mcp_hub.{name}: {word}" in said())  # noqa: B023
-
-    for name, words in servers.items():
-        reached = asyncio.create_task(limits(name))
-        async with chapter.connect({name: quick(*words)}):
-            pass
-        await reached
-    assert [number for _group, number, _what in kills] == [KILL, TERM, KILL, TERM, KILL]
-    assert [what == "zombie" for _group, _number, what in kills] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]
+    for words, signals in (("farewell", [KILL]), ("ignores-eof ignores-sigterm", [TERM, KILL])):
+        with mock.patch("os.killpg", wraps=os.killpg) as killed:
+            limits = jump(*re.findall(r"ignores-\w+", words))
+            async with limits, chapter.connect({"a": quick(*words.split())}):
+                pass
+        assert [call.args[1] for call in killed.call_args_list] == signals
 
 
-class Slow:
-    """An in-process server whose lifespan awaits something when it ends."""
-
-    def __init__(self, seconds: float = 0.05, starts: bool = True) -> None:
-        self.opened, self.closed, self.seconds, self.starts = 0, 0, seconds, starts
-        self.server = tools_server(self.lifespan)
-
-    @asynccontextmanager
-    async def lifespan(self, server: Any) -> AsyncIterator[None]:
-        self.opened += 1
-        try:
-            while not self.starts:
-                await asyncio.Event().wait()
-            yield
-        finally:
-            await asyncio.sleep(self.seconds)
-            self.closed += 1
-
-
-@pytest.mark.parametrize("ending", [KeyError("mine"), asyncio.CancelledError("mine")])
+@pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize(("seconds", "limit"), [(0.05, 10), (1000, 0.05)])
 @pytest.mark.asyncio
 async def test_a_lifespan_in_this_process_has_time_to_end(
-    seconds: float, limit: float, ending: BaseException, monkeypatch: Patch
+    quick: Quick, starts: bool, seconds: float, limit: float, monkeypatch: Patch
 ) -> None:
+    """Even if it is cancelled in its start, because another server failed."""
     monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", limit)
-    slow = Slow(seconds)
-    with pytest.raises(type(ending)) as caught:
-        async with chapter.connect({"a": slow.server}):
-            raise ending
-    assert caught.value is ending
-    assert slow.closed == (seconds < limit)
-
-
-@pytest.mark.parametrize(("seconds", "limit"), [(0.05, 10), (1000, 0.05)])
-@pytest.mark.asyncio
-async def test_a_lifespan_that_is_cancelled_in_its_start_has_time_to_end(
-    quick: Quick, seconds: float, limit: float, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(chapter, "LEAVE_TIMEOUT", limit)
-    slow = Slow(seconds, starts=False)
-    servers = {"a": slow.server, "b": quick("crashes")}
-    with pytest.raises(ServerError, match="'b' did not start"):
+    events: list[str] = []
+    servers: Any = {"a": slow_server(events, seconds, starts)}
+    servers |= {} if starts else {"b": quick("crashes")}
+    error, told = (KeyError, "mine") if starts else (ServerError, "'b' .*; its last words: no luck")
+    with pytest.raises(error, match=told):
         async with chapter.connect(servers, startup_timeout=1000):
-            pytest.fail("was entered")
-    assert (slow.opened, slow.closed) == (1, seconds < limit)
-
-
-@pytest.mark.parametrize("moment", ["starting", "waiting"])
-@pytest.mark.asyncio
-async def test_a_cancelled_scope_ends_servers(quick: Quick, moment: str, said: Said) -> None:
-    """A scope of anyio cancels all that waits in it, again and again."""
-    before, slow, changes = left(), Slow(), list[str]()
-    silent = ["silent-at=tools/list"] if moment == "starting" else []
-    servers = {"a": quick(*silent, mode="legacy"), "b": slow.server}
-
-    async def block() -> None:
-        try:
-            async with chapter.connect(servers, on_change=states(changes)) as hub:
-                await hub.call("a", "waits")
-        except asyncio.CancelledError:
-            changes.append("cancelled")
-            raise
-
-    used = time.process_time()
-    with suppress(ExceptionGroup):
-        async with anyio.create_task_group() as group:
-            group.start_soon(block)
-            await until(lambda: said() and slow.opened)
-            raise KeyError
-    assert changes[-3:] == ["stopped", "stopped", "cancelled"]
-    assert slow.closed == slow.opened
-    assert left() == before
-    assert time.process_time() - used < 2.0  # it has not turned in a circle
+            raise KeyError("mine")
+    assert events == (["opened", "closed"] if seconds < limit else ["opened"])
 
 
 @pytest.mark.asyncio
-async def test_a_call_under_way_may_finish_and_new_ones_are_refused(
-    quick: Quick, said: Said, jump: Jump
-) -> None:
-    async def while_it_closes() -> BaseException | None:
+async def test_a_cancelled_scope_ends_servers_that_start(quick: Quick) -> None:
+    """Even behind `cancelled_by_signals`. The contract cancels a block that was entered."""
+    servers, changes = {"a": quick(), "b": quick("silent-at=tools/list")}, list[str]()
+
+    def on_change(status: Any) -> None:
+        changes.append(status.state)
+        scope.cancel()
+
+    with mock.patch("asyncio.wait", wraps=asyncio.wait) as wait, anyio.CancelScope() as scope:
+        with chapter.cancelled_by_signals():
+            async with chapter.connect(servers, on_change=on_change):
+                pytest.fail("was entered")
+    assert (scope.cancelled_caught, changes) == (True, ["ready", "stopped", "stopped"])
+    assert wait.call_count < 20  # it has not turned in a circle
+
+
+@pytest.mark.asyncio
+async def test_a_call_may_finish_but_none_may_begin(quick: Quick, said: Said, jump: Jump) -> None:
+    async def while_it_closes() -> None:
         await until(lambda: said() and quick_one.done())
-        new = asyncio.create_task(hub.call("a", "echo"))
-        await asyncio.wait([new])
-        await jump(lambda: True)
-        return new.exception()
+        with pytest.raises(ServerError, match="'a' takes no calls any more: its hub is closed"):
+            await hub.call("a", "echo")
+        async with jump("waiting"):
+            pass
 
     async with chapter.connect({"a": quick()}) as hub:
         late = asyncio.create_task(hub.call("a", "waits"))
         quick_one = asyncio.create_task(hub.call("a", "echo", {"n": 2}))
         refused = asyncio.create_task(while_it_closes())
         await asyncio.sleep(0)
-    assert late.done()
     assert str(late.exception()).endswith("did not answer tool 'waits' within 30 s")
     assert text_of(quick_one.result()) == '{"n": 2}'
-    assert str(await refused) == "MCP server 'a' takes no calls any more: its hub is closed"
+    await refused
 
 
 @pytest.mark.asyncio
-async def test_a_failing_body_does_not_wait_for_calls(quick: Quick, said: Said) -> None:
+async def test_a_failing_body_waits_for_no_call_and_no_daemon(quick: Quick, said: Said) -> None:
     with pytest.raises(KeyError):
-        async with chapter.connect({"a": quick()}, call_timeout=60) as hub:
+        async with chapter.connect({"a": quick("daemon")}, call_timeout=60) as hub:
             late = asyncio.create_task(hub.call("a", "waits"))
-            await until(said)
+            await until(lambda: "mcp_hub.a: waiting" in said())
             raise KeyError
+    os.kill(int(said()[0].split()[1]), KILL)  # the daemon holds the pipes, and is still there
     with pytest.raises(ServerError, match="'a' was stopped during tool 'waits'"):
         await late
     with pytest.raises(ServerError, match="its hub is closed"):
         await hub.call("a", "echo")
 
 
-@pytest.mark.asyncio
-async def test_another_task_than_the_one_that_entered_may_leave(quick: Quick) -> None:
-    manager = chapter.connect({"a": quick()})
-    hub = await asyncio.create_task(manager.__aenter__())
-    await echo(hub)
-    await asyncio.create_task(manager.__aexit__(None, None, None))
-    assert hub.statuses["a"].state == "stopped"
+# The case of "waiting" begins with SIGINT ignored, as in what a shell starts with `&`.
+STRIKES = [("silent", [INT, INT]), ("silent", [HUP, TERM]), ("leaving", [INT, INT])]
 
 
-# --- Signals, for real ---
-
-
-def terminated(number: int, frame: Any) -> None:
-    pytest.fail(f"signal {number} was not handled")
-
-
-@pytest.mark.parametrize(
-    ("moment", "signals", "ignored", "safe"),
-    [
-        ("silent", [INT, INT], False, True),  # while it starts
-        ("leaving", [INT, INT], False, True),
-        ("silent", [HUP, TERM], False, True),
-        ("waiting", [INT], True, True),  # a shell's `&` has it ignore SIGINT
-        ("waiting", [INT], False, False),
-    ],
-)
-def test_no_child_outlives_signals(
-    quick: Quick, said: Said, moment: str, signals: list[int], ignored: bool, safe: bool
-) -> None:
-    """One Ctrl-C does no harm without `cancelled_by_signals`; a second one may strike anywhere."""
+@pytest.mark.parametrize(("moment", "signals"), [*STRIKES, ("waiting", [INT])])
+def test_no_child_outlives_signals(quick: Quick, said: Said, moment: str, signals: Any) -> None:
     start = ["silent-at=tools/list"] if moment == "silent" else []
     stubborn = quick("ignores-eof", "ignores-sigterm", "spawns", *start)
-    strikes: list[asyncio.Task[None]] = []
 
-    async def strike(task: asyncio.Task[Any]) -> None:
+    async def strike(task: Any) -> None:
         await until(lambda: f"mcp_hub.a: {moment}" in said())
         for number in signals:
-            signal.raise_signal(number)
             cancelled = task.cancelling()
-            await until(lambda: not safe or task.cancelling() > cancelled)  # noqa: B023
+            signal.raise_signal(number)
+            await until(lambda: task.cancelling() > cancelled)  # noqa: B023
 
     async def main() -> None:
-        task = asyncio.current_task()
-        assert task
-        strikes.append(asyncio.create_task(strike(task)))
-        with chapter.cancelled_by_signals() if safe else nullcontext():
+        striking = asyncio.create_task(strike(asyncio.current_task()))
+        with pytest.raises(KeyboardInterrupt), chapter.cancelled_by_signals():
             async with chapter.connect({"a": stubborn, "b": quick("ignores-eof")}) as hub:
                 if moment == "waiting":
                     await hub.call("a", "waits")
                 logging.getLogger("mcp_hub.a").info("leaving")
-        await asyncio.Event().wait()
+            await asyncio.Event().wait()
+        await striking
 
-    handlers: dict[int, Any] = {INT: signal.default_int_handler, TERM: terminated, HUP: terminated}
-    handlers[INT] = signal.SIG_IGN if ignored else signal.default_int_handler
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    usual = signal.getsignal(INT)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            asyncio.run(main())
-        assert {number: signal.getsignal(number) for number in handlers} == handlers
+        signal.signal(INT, signal.SIG_IGN if moment == "waiting" else usual)
+        before = [signal.getsignal(number) for number in (INT, TERM, HUP)]
+        asyncio.run(main())
+        assert [signal.getsignal(number) for number in (INT, TERM, HUP)] == before
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert not strikes[0].cancelled()
+        signal.signal(INT, usual)
     assert not [line for line in said() if line.startswith("asyncio: ")]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("raised", [KeyError, asyncio.CancelledError])
-async def test_without_a_signal_an_error_passes(raised: type[BaseException]) -> None:
-    before = signal.getsignal(TERM)
-    with pytest.raises(raised), chapter.cancelled_by_signals():
-        assert signal.getsignal(TERM) != before
-        raise raised
-    with chapter.cancelled_by_signals():
-        pass
-    assert signal.getsignal(TERM) == before
-
-
-# --- Over HTTP ---
-
-
 @asynccontextmanager
-async def http(app: Any, port: int = 0) -> AsyncIterator[int]:
+async def http(app: Any = None, port: int = 0) -> AsyncIterator[int]:
     """Serve an ASGI app on loopback, from this very loop; yields its port."""
+    app = app or tools_server().streamable_http_app()
     config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=0)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", port)) as listening:
@@ -867,76 +601,54 @@ async def http(app: Any, port: int = 0) -> AsyncIterator[int]:
                     task.cancel()
 
 
-def service(requests: list[str]) -> Any:
-    """A service with sessions, as the older protocol has them. It records its requests."""
-    app = tools_server().streamable_http_app()
-
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        async def record(event: Any) -> None:
-            if event["type"] == "http.response.start":
-                token = dict(scope["headers"]).get(b"x-token", b"none").decode()
-                requests.append(f"{scope['method']} {event['status']} {token}")
-            await send(event)
-
-        await app(scope, receive, record)
-
-    return answer
-
-
-def service_at(port: int, **options: Any) -> Any:
-    path = "sse" if options.get("type") == "sse" else "mcp"
-    return chapter.ServerConfig(url=f"http://127.0.0.1:{port}/{path}", **options)
-
-
 @pytest.mark.parametrize(("status", "sent"), [(404, 2), (500, 1)])
 @pytest.mark.asyncio
-async def test_only_a_forgotten_session_sends_a_call_again_and_only_once(
-    status: int, sent: int
-) -> None:
-    calls, real = [], service([])
+async def test_only_a_forgotten_session_resends(status: int, sent: int, monkeypatch: Patch) -> None:
+    """Once. Each request has the headers, and the last one ends the session."""
+    requests, calls, transport = list[Any](), list[Any](), chapter.streamable_http_client
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        first = [await receive()] if scope["type"] == "http" else []
-        if first and b"tools/call" in first[0]["body"]:
-            calls.append(scope["path"])
-            await Response(status_code=status)(scope, receive, send)
-            return
+    async def refuse(response: httpx2.Response) -> None:
+        requests.append((response.request.method, response.request.headers["x-token"]))
+        if b"tools/call" in response.request.content:
+            calls.append(response)
+            response.status_code = status
 
-        async def receive_again() -> Any:
-            return first.pop() if first else await receive()
+    def spied(url: str, http_client: httpx2.AsyncClient) -> Any:
+        http_client.event_hooks["response"].insert(0, refuse)
+        return transport(url, http_client=http_client)
 
-        await real(scope, receive_again, send)
-
-    async with http(app) as port:
-        async with chapter.connect({"a": service_at(port, mode="legacy")}) as hub:
+    monkeypatch.setattr(chapter, "streamable_http_client", spied)
+    async with http() as port:
+        url = f"http://127.0.0.1:{port}/mcp"
+        config = Config(url=url, mode="legacy", headers={"X-Token": "secret"})
+        async with chapter.connect({"a": config}) as hub:
             with pytest.raises(ServerError, match="tool 'echo'"):
                 await echo(hub)
     assert len(calls) == sent
+    assert requests[-1] == ("DELETE", "secret")
 
 
 @pytest.mark.asyncio
-async def test_a_service_that_went_away_is_reached_again_by_the_next_call(quick: Quick) -> None:
+async def test_a_service_that_went_away_is_reached_again(quick: Quick) -> None:
     """By the same call if the service is back, but has forgotten our session."""
-    changes, requests = list[str](), list[str]()
+    changes: list[str] = []
     async with AsyncExitStack() as stack:
-        async with http(service([])) as port:
-            config = service_at(port, headers={"X-Token": "secret"}, mode="legacy")
-            connected = chapter.connect({"a": config, "b": quick()}, on_change=states(changes))
+        async with http() as port:
+            config = Config(url=f"http://127.0.0.1:{port}/mcp", mode="legacy")
+            servers = {"a": config, "b": quick()}
+            connected = chapter.connect(servers, on_change=lambda s: changes.append(s.state))
             hub = await stack.enter_async_context(connected)
-            await echo(hub)
-        async with http(service(requests), port):
+        async with http(port=port):
             await echo(hub)
             assert hub.statuses["a"].state == "ready"
         for problem in ("died during tool 'echo'", "is failed"):
             with pytest.raises(ServerError, match=f"'a' {problem}: ConnectError: "):
-                await hub.call("a", "echo", {"n": 1})
+                await echo(hub)
         await echo(hub, "b")
-        async with http(service(requests), port):
+        async with http(port=port):
             assert await hub.check() == {}
             await echo(hub)
             await stack.aclose()
-    assert requests.count("POST 404 secret") == 1
-    assert requests[-1] == "DELETE 200 secret"  # the session is ended
     forgotten, down = ["lost", "starting", "ready"], ["lost", "starting", "failed"]
     back = ["starting", "ready", "stopped", "stopped"]
     assert changes == ["ready", "ready", *forgotten, *down, *back]
@@ -944,19 +656,14 @@ async def test_a_service_that_went_away_is_reached_again_by_the_next_call(quick:
 
 # --- A model that uses the tools ---
 
-USER = {"role": "user", "content": "Go."}
+ASKED = [{"role": "user", "content": "Go."}]
 DONE = {"content": "Done."}
 
 
 def asks(*calls: tuple[str, object]) -> dict[str, Any]:
-    """A reply that asks for tools."""
     functions = [{"name": name, "arguments": given} for name, given in calls]
     numbered = enumerate(functions)
     return {"tool_calls": [{"id": f"c{n}", "type": "function", "function": f} for n, f in numbered]}
-
-
-def completion(message: Any) -> Any:
-    return {"choices": [{"message": message, "finish_reason": "stop"}]}
 
 
 async def talk(*script: Any, hub: Any, **options: Any) -> tuple[list[Any], list[Any]]:
@@ -966,22 +673,18 @@ async def talk(*script: Any, hub: Any, **options: Any) -> tuple[list[Any], list[
     def respond(request: httpx2.Request) -> httpx2.Response:
         requests.append(json.loads(request.content))
         reply = script[len(requests) - 1]
-        known = isinstance(reply, httpx2.Response)
-        return reply if known else httpx2.Response(200, json=completion(reply))
+        if isinstance(reply, httpx2.Response):
+            return reply
+        choice = {"message": reply, "finish_reason": "stop"}
+        return httpx2.Response(200, json={"choices": [choice]})
 
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(respond))
-    client = AsyncOpenAI(api_key="-", base_url="http://x", http_client=http, max_retries=0)
-    messages = [USER]
-    async with client:
-        try:
-            new = await chapter.run_with_tools(client, "m", messages, hub, **options)
-        finally:
-            assert messages == [USER], "a failed turn can be sent again"
+    async with AsyncOpenAI(api_key="-", base_url="http://x", http_client=http) as client:
+        new = await chapter.run_with_tools(client, "m", ASKED, hub, **options)
     return new, requests
 
 
 def stub(**tools: list[str]) -> Any:
-    """A hub whose calls all fail."""
     schema = {"type": "object"}
     listed = {n: [Tool(name=t, input_schema=schema) for t in ts] for n, ts in tools.items()}
     call = mock.AsyncMock(side_effect=ServerError("a", "died"))
@@ -991,9 +694,7 @@ def stub(**tools: list[str]) -> Any:
 def test_the_model_sees_valid_and_unique_names() -> None:
     hub = stub(**{"my notes": ["add"], "my_notes": ["add", "é.x"], "s" * 70: ["one", "two"]})
     named = chapter.chat_tools(hub)
-    assert [(server, tool.name) for server, tool in named.values()] == [
-        (server, tool.name) for server, tools in hub.tools.items() for tool in tools
-    ]
+    assert [tool.name for _server, tool in named.values()] == ["add", "add", "é.x", "one", "two"]
     assert list(named)[:3] == ["my_notes__add", "my_notes__add_2", "my_notes____x"]
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in named)
 
@@ -1001,18 +702,14 @@ def test_the_model_sees_valid_and_unique_names() -> None:
 @pytest.mark.asyncio
 async def test_each_round_offers_the_tools_of_that_moment() -> None:
     """In the API's form. A dead server is reported to the model."""
-    hub = stub(a=["b"])
-
-    def call(*_call: object) -> None:
-        hub.tools |= stub(new=["c"]).tools
-        raise ServerError("a", "died")
-
-    hub.call.side_effect = call
+    hub = stub()
+    moments = [stub(a=["b"]).tools, stub(new=["c"]).tools]
+    type(hub).tools = mock.PropertyMock(side_effect=moments)
     new, (first, second) = await talk(asks(("a__b", "{}")), DONE, hub=hub)
     empty = {"type": "object", "properties": {}}
     function = {"name": "a__b", "description": "", "parameters": empty}
     assert first["tools"] == [{"type": "function", "function": function}]
-    assert [tool["function"]["name"] for tool in second["tools"]] == ["a__b", "new__c"]
+    assert [tool["function"]["name"] for tool in second["tools"]] == ["new__c"]
     assert new[1]["content"] == "Error: MCP server 'a' died"
     new, (request,) = await talk({"content": None, "refusal": "No."}, hub=stub())
     assert "tools" not in request
@@ -1021,24 +718,25 @@ async def test_each_round_offers_the_tools_of_that_moment() -> None:
 
 # What the model asks for in one reply, and what it is told.
 ANSWERS: list[tuple[str, object, str]] = [
-    ("t__waits", "", "waited"),  # for the next one
-    ("t__wakes", "", '{"result": null}'),
-    ("t__fails", "", "Error: Error executing tool fails: no luck"),
-    ("t__draws", "", r"a dot:\n\[image left out\]"),
-    ("t__halves", "", r"\? x"),
+    ("t__meets", "", '{"result": null}'),  # it waits for the next one
+    ("t__meets", "", '{"result": null}'),
     ("t__echo", "", '{"n": 0}'),
-    ("t__ecco", "{}", "Error: no such tool; there are: t__echo, t__waits, .*"),
+    ("t__ecco", "{}", "Error: no such tool; there are: t__echo, t__meets, .*"),
     ("t__echo", '{"n": "x', "Error: not a JSON object: Invalid JSON: EOF.*"),
-    ("t__echo", '{"x":' * 9999, "Error: not a JSON object.*"),
-    ("t__echo", "[1]", "Error: not a JSON object: Input should be an object"),
-    ("t__echo", {"n": 1}, "Error: not a JSON object.*"),
     ("t__echo", r'{"n": "\ud800"}', "Error: not a JSON object.*"),
     ("t__echo", '{"n": "x"}', "Error: Error executing tool echo.*"),
 ]
 
 
+def test_a_result_is_text_for_the_model() -> None:
+    text = TextContent(type="text", text="half a character: \udc80")
+    image = ImageContent(type="image", data="", mime_type="image/png")
+    result = CallToolResult(content=[text, image], is_error=True)
+    assert text_of(result) == "Error: half a character: ?\n[image left out]"
+
+
 @pytest.mark.asyncio
-async def test_tools_run_together_and_answers_and_mistakes_come_in_order() -> None:
+async def test_tools_run_together_and_answers_come_in_order() -> None:
     reply = asks(*((name, given) for name, given, _told in ANSWERS)) | {"reasoning": "kept"}
     async with chapter.connect({"t": tools_server()}) as hub:
         new, requests = await talk(reply, DONE, hub=hub)
@@ -1046,19 +744,20 @@ async def test_tools_run_together_and_answers_and_mistakes_come_in_order() -> No
     for message, (_name, _given, told) in zip(new[1:-1], ANSWERS, strict=True):
         assert re.fullmatch(told, message["content"], re.DOTALL)
     assert [m["tool_call_id"] for m in new[1:-1]] == [call["id"] for call in reply["tool_calls"]]
-    assert requests[1]["messages"] == [USER, *new[:-1]]
+    assert requests[1]["messages"] == [*ASKED, *new[:-1]]
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
 @pytest.mark.asyncio
-async def test_the_rounds_of_tools_are_limited() -> None:
-    for rounds in (0, 2):
-        hub = stub(a=["b"])
-        script = [asks(("a__b", "{}"))] * 9
-        with pytest.raises(chapter.ReplyError, match=f"asked for tools more than {rounds} times"):
-            await talk(*script, hub=hub, max_rounds=rounds)
-        assert hub.call.await_count == rounds
-        new, _requests = await talk(*script[:rounds], DONE, hub=hub, max_rounds=rounds)
-        assert new[-1]["content"] == "Done."
+async def test_the_rounds_of_tools_are_limited(rounds: int) -> None:
+    hub = stub(a=["b"])
+    script = [asks(("a__b", "{}"))] * 9
+    with pytest.raises(chapter.ReplyError, match=f"asked for tools more than {rounds} times"):
+        await talk(*script, hub=hub, max_rounds=rounds)
+    assert hub.call.await_count == rounds
+    assert len(ASKED) == 1  # it can be sent again
+    new, _requests = await talk(*script[:rounds], DONE, hub=hub, max_rounds=rounds)
+    assert new[-1]["content"] == "Done."
 
 
 BAD_REPLIES: list[Any] = [  # others: in test_hostile_endpoints.py
@@ -1066,92 +765,54 @@ BAD_REPLIES: list[Any] = [  # others: in test_hostile_endpoints.py
     httpx2.Response(200, json={"choices": [{"message": {"content": "Half"}}]}),
     {"content": "x", "tool_calls": {"a": "b"}},
     {"tool_calls": [{"function": {"name": "a__b", "arguments": "{}"}}]},  # without id
-    {"tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "a__b"}}]},
 ]
 
 
-@pytest.mark.parametrize("reply", [*BAD_REPLIES, httpx2.Response(500, json={})])
+@pytest.mark.parametrize("reply", BAD_REPLIES)
 @pytest.mark.asyncio
 async def test_a_reply_that_is_no_chat_completion_is_an_error(reply: Any) -> None:
-    """The client's own errors propagate."""
-    errors, told = (chapter.ReplyError, APIStatusError), "the reply is not|Error code: 500"
-    with pytest.raises(errors, match=told) as caught:
+    with pytest.raises(chapter.ReplyError, match="the reply is not"):
         await talk(asks(("a__b", "{}")), reply, hub=stub(a=["b"]))
-    assert isinstance(caught.value, APIStatusError) == (reply not in BAD_REPLIES)
-
-
-@pytest.mark.asyncio
-async def test_a_model_behind_a_foreign_server_uses_the_tools() -> None:
-    """It sends neither usage nor types, and reasons aloud, as several such servers do."""
-    asking = asks(("t__echo", "")) | {"reasoning_content": "Hm."}
-    replies = [completion(message) for message in (asking, DONE)]
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["path"] == "/v1/chat/completions"  # a lifespan has none
-        await JSONResponse(replies.pop(0))(scope, receive, send)
-
-    async with http(app) as port, chapter.connect({"t": tools_server()}) as hub:
-        async with AsyncOpenAI(api_key="-", base_url=f"http://127.0.0.1:{port}/v1") as client:
-            new = await chapter.run_with_tools(client, "m", [USER], hub)
-    assert [message["content"] for message in new[1:]] == ['{"n": 0}', "Done."]
-    assert new[0] == asking | {"role": "assistant"}
 
 
 # --- The demos and their servers ---
 
-SHOWN = {
-    "1": r"✗ Children left by `forgotten`: \d+\. ✓ Children left by `connected`: none\.",
-    "2": r"✗ RuntimeError: Attempted to exit cancel scope in a different task .* ✓ no error",
-    "3": r"on_change │ time: lost: ended call │ ServerError: MCP server 'time' is lost: ended "
-    r"✗ time: .* ✓ notes: answers ✓ files: answers ✗ search: .* is failed: .*no-such-program "
-    r"✓ Children left by `connect`: none\.",
-    "4": r"✗ `careless`: KeyError: 'notes__serch' .* model answers │ The notes say: pool.py: gpus"
-    r".* ✓ `run_with_tools` answers\. Tool calls: 4, errors reported to the model: 2\.",
-    "5": r"✗ `by_client`: saved: none\. .* ✓ `by_hub`: saved: GPU 3 is hot\.",
-}
+SHOWN = [
+    r"✗ Children left by `forgotten`: \d+\. ✓ Children left by `connected`: none\.",
+    r"✗ RuntimeError: Attempted to exit cancel scope in a different task .* ✓ no error",
+    r"on_change │ time: lost: .* ✗ time: .* ✓ notes: .* ✓ files: .* ✗ search: .* ✓ Children",
+    r"✗ `careless`: KeyError: 'notes__serch' .* ✓ .* 4, errors reported to the model: 2\.",
+    r"✗ `by_client`: saved: none\. .* ✓ `by_hub`: saved: GPU 3 is hot\.",
+]
 
 
-@pytest.mark.parametrize(("number", "shown"), SHOWN.items(), ids=SHOWN)
-def test_what_a_demo_shows(
-    number: str, shown: str, quick: Quick, monkeypatch: Patch, capsys: Capture
-) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_what_a_demo_shows(number: int, quick: Quick, monkeypatch: Patch, capsys: Capture) -> None:
     """A quick server stands in for the server of times, which test_scripts.py plays."""
     monkeypatch.setattr(chapter, "TIME", {"command": sys.executable, "args": quick().args})
-    monkeypatch.setattr(sys, "argv", ["08.py", number])
+    monkeypatch.setattr(sys, "argv", ["08.py", str(number)])
     assert chapter.main() == 0
-    out, err = capsys.readouterr()
-    assert re.search(shown, " ".join(out.split())), out
-    assert err == ""
+    out = capsys.readouterr().out
+    assert re.search(SHOWN[number - 1], " ".join(out.split())), out
 
 
-def test_on_windows_the_script_ends_with_one_line() -> None:
-    """It can be imported there. A server that is started imports no client of a model."""
-    program = f"""if True:
-        import mcp, os, runpy, signal, sys
-        del os.killpg, os.pidfd_open, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP
-        chapter = runpy.run_path({str(chapter_path(8))!r})
-        print("openai" in sys.modules)
-        sys.platform, sys.argv = "win32", ["08.py", "1"]
-        chapter["main"]()"""
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+def test_on_windows_the_script_ends_with_one_line(monkeypatch: Patch, capsys: Capture) -> None:
+    """It can be imported there."""
+    for name in ("os.killpg", "os.pidfd_open", "signal.SIGHUP", "signal.SIGKILL"):
+        monkeypatch.delattr(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "argv", ["08.py", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(chapter_path(8)))["main"]()
     told = "08.py: Windows is left out: its event loop cannot watch a pipe\n"
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "False\n", told)
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.asyncio
-async def test_only_text_files_below_the_root_are_read(tmp_path: Path) -> None:
+async def test_no_file_outside_the_root_is_read(tmp_path: Path) -> None:
     (root := tmp_path / "root").mkdir()
-    (root / "gpu.py").write_text("GPU = 1\n")
-    (root / "data").write_bytes(b"\xff")
-    (tmp_path / "secret").write_text("secret")
     (root / "link").symlink_to(tmp_path / "secret")
-    told = {"gpu.py": "GPU = 1\n"}
-    for path in ("../secret", "link", str(tmp_path / "secret")):
-        told[path] = f"{path!r} is outside the root: use a path below it"
-    for path in ("data", ".", "no such file", "a\0b"):
-        told[path] = f"cannot read {path!r}: "
     async with chapter.connect({"files": chapter.files_server(root)}) as hub:
-        for path, text in told.items():
-            assert text in text_of(await hub.call("files", "read", {"path": path}))
+        for path in ("../secret", "link", str(tmp_path / "secret")):
+            result = await hub.call("files", "read", {"path": path})
+            assert "is outside the root: use a path below it" in text_of(result)
