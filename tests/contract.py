@@ -1,29 +1,27 @@
 """The cleanup contract: does a context manager clean up on *every* way out of its block?
 
 A block is not only left at its end. It is left by exceptions that `except Exception` does not
-see, by a task's cancellation at any `await` of its set-up, its body or its cleanup, by a set-up
-that fails half way, by a cleanup that fails itself. Each *way* below leaves a block in one of
-these ways, then asks your oracle whether anything leaked. Describe your manager once:
+see, by a cancellation at any `await` of set-up, body or cleanup, by a set-up that fails half way,
+by a cleanup that fails itself. Each *way* below does one of these, then asks your oracle whether
+anything leaked. Describe your manager once:
 
-    def subject() -> Subject:
+    def subject():
         pool = Pool(size=4)
         return Subject(
-            open=pool.acquire,                     # a new manager at each call
-            leaks=lambda: pool.in_use and f"{pool.in_use} connections still taken",
-            use=lambda connection: connection.execute("select 1"),
-            closed_error=ConnectionReturnedError,  # what `use` raises after the block
-            setup_faults=[lambda: mock.patch.object(pool, "size", 0)],  # then entering must fail
+            open=pool.connection,
+            leaks=lambda: pool.in_use,
+            setup_faults=[lambda: patch.object(pool, "size", 0)],  # now entering must fail
             cleanup_faults="it only counts: nothing in it can fail",
         )
 
-Then hold it to every way, each one a test of its own, with a new pool:
+Then hold it to every way, each one a test, with a new pool:
 
     @pytest.mark.parametrize("way", SYNC_WAYS)
-    def test_a_pool_keeps_the_cleanup_contract(way: Way) -> None:
+    def test_the_connection_is_released(way):
         way(subject())
 
-ASYNC_WAYS do the same for `async with`, each in an event loop of its own. Without pytest,
-`check(subject)` plays all ways and raises one ExceptionGroup of those that failed. And
+ASYNC_WAYS do the same for `async with`, in a new event loop each. Without pytest, `check(subject)`
+plays all ways and raises one ExceptionGroup of those that failed. And
 
     python contract.py some/file.py:subject
 
@@ -35,10 +33,6 @@ object; a failure of cleanup comes out too, and does not hide the body's. (After
 event loop may turn ten times before the oracle is asked: a transport closes its socket so.) While
 a block is open, the oracle must see something: one that never does proves nothing.
 A way that your Subject gives no means to try (no `use`, words for faults) raises SkipTest.
-
-`counts` says how much was tried. An injection point is one interruption of a manager: an
-exception raised in the body of its block, a fault of its set-up or cleanup, or a cancellation at
-an await (of two in one block, each).
 
 Left out: signals between two bytecodes, os._exit and kill -9 (nothing in the process survives
 these), and real time (there is no sleep in here, and no timing; only a limit for what hangs).
@@ -52,8 +46,9 @@ import contextlib
 import contextvars
 import faulthandler
 import functools
-import importlib.util
+import importlib
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -62,14 +57,7 @@ import threading
 import traceback
 import types
 import unittest
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence, Set
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +68,7 @@ AnyManager = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 # Inside this context, entering (or leaving) must fail. It may yield the error that must come out.
 Fault = Callable[[], AbstractContextManager[Any]]
 Body = Callable[[Any], Awaitable[None]]
+Play = Callable[["Subject"], Coroutine[Any, Any, None]]  # one way, for either kind of block
 
 MOST_SUSPENSIONS = 2000  # more awaits than this are taken for a loop that will never end
 PATIENCE = 10.0  # seconds until something that waits is taken for something that hangs
@@ -113,10 +102,6 @@ class Failure(Exception):
     """What the body of a block raises: an ordinary error."""
 
 
-class Interruption(BaseException):
-    """What the body of a block raises: an error that `except Exception` does not see."""
-
-
 class Hang(BaseException):
     """Raised in what does not end within PATIENCE seconds."""
 
@@ -139,26 +124,22 @@ def check(subject: Subject | Callable[[], Subject]) -> None:
     the oracle of a shared subject goes on reporting it.
     """
     make = subject if callable(subject) else lambda: subject
-    ways = ways_for(make())
-    failures = [found for _way, found in verdicts(make, ways) if isinstance(found, Broken)]
+    found = [verdict(way, make()) for way in ways_for(make())]
+    failures = [each for each in found if isinstance(each, Broken)]
     if failures:
-        raise ExceptionGroup(f"{len(failures)} of {len(ways)} ways out break it", failures)
+        raise ExceptionGroup(f"{len(failures)} of {len(found)} ways out break it", failures)
 
 
-def verdicts(
-    make: Callable[[], Subject], ways: Sequence[Way]
-) -> Iterator[tuple[Way, Broken | unittest.SkipTest | None]]:
-    """Play each way; yield what it raised."""
-    for way in ways:
-        try:
-            way(make())
-        except (Broken, unittest.SkipTest) as found:
-            yield way, found
-        else:
-            yield way, None
+def verdict(way: Way, subject: Subject) -> Broken | unittest.SkipTest | None:
+    """Play a way; return what it raised."""
+    try:
+        way(subject)
+    except (Broken, unittest.SkipTest) as found:
+        return found
+    return None
 
 
-def ways_for(subject: Subject) -> tuple[Way, ...]:
+def ways_for(subject: Subject) -> Sequence[Way]:
     """Return the ways out of the kind of block that the subject opens."""
     is_async = isinstance(first_of(subject.open), AbstractAsyncContextManager)
     return ASYNC_WAYS if is_async else SYNC_WAYS
@@ -171,7 +152,7 @@ def first_of(make: Callable[[], Any]) -> Any:
     async def look() -> None:
         made.append(make())
         if not isinstance(made[0], Subject):
-            await leave(made[0], do_nothing)  # it may have acquired something already
+            await leave(made[0])  # it may have acquired something already
 
     with suppress(Hang), time_limit():  # if it hangs, its ways will tell
         asyncio.run(look())
@@ -197,47 +178,42 @@ class Run:
     lines: list[tuple[types.CodeType, int]]
     tried: collections.Counter[str]
 
-    @classmethod
-    def begin(cls) -> None:
-        cls.manager, cls.lines, cls.tried = None, [], collections.Counter()
 
+SYNC_WAYS: list[Way] = []
+ASYNC_WAYS: list[Way] = []
 
-sync_ways: list[Way] = []
-async_ways: list[Way] = []
-
-# What was tried in this process and kept the contract: managers by name, and the number of
-# "ways", of "points" at which they were interrupted, and of "cancellations" among these.
+# What was tried in this process and kept the contract: managers by name, and the number of "ways",
+# of "points" (an exception in the body, a fault, a cancellation), of "cancellations" among these.
 managers: set[str] = set()
 counts: collections.Counter[str] = collections.Counter()
 
 
-def way(
-    remedy: str, sync: bool = True
-) -> Callable[[Callable[[Subject], Coroutine[Any, Any, None]]], Way]:
+def way(remedy: str, sync: bool = True) -> Callable[[Play], Way]:
     """Enlist a way out of `with` and of `async with`; `remedy` helps if it finds a defect."""
 
-    def enlist(play: Callable[[Subject], Coroutine[Any, Any, None]]) -> Way:
-        def by_hand(subject: Subject) -> None:
-            """Drive the coroutine: with a plain manager it never waits."""
-            coroutine = play(subject)
-            try:
-                coroutine.send(None)
-            except StopIteration:
-                return
-            coroutine.close()
-            raise TypeError("a plain manager was meant, but something in here awaits")
-
-        if sync:
-            sync_ways.append(judged(play, by_hand, remedy))
-        named = judged(play, lambda subject: asyncio.run(play(subject)), remedy)
-        named.__name__ = named.__qualname__ = f"async_{play.__name__}" if sync else play.__name__
-        async_ways.append(named)
-        return sync_ways[-1] if sync else named
+    def enlist(play: Play) -> Way:
+        named = judged(play, asyncio.run, remedy)
+        ASYNC_WAYS.append(named)
+        if not sync:
+            return named
+        named.__name__ = named.__qualname__ = f"async_{play.__name__}"
+        SYNC_WAYS.append(judged(play, drive, remedy))
+        return SYNC_WAYS[-1]
 
     return enlist
 
 
-def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: str) -> Way:
+def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run what never waits, since its manager is a plain one."""
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return ended.value
+    coroutine.close()
+    raise TypeError("a plain manager was meant, but something in here awaits")
+
+
+def judged(play: Play, run: Callable[[Coroutine[Any, Any, None]], None], remedy: str) -> Way:
     """Return the way: whatever goes wrong in it becomes a Broken that begins with its name."""
 
     @functools.wraps(play)
@@ -245,16 +221,15 @@ def judged(play: Callable[..., object], run: Callable[[Subject], None], remedy: 
         name = judged_way.__name__
         if already := subject.leaks():
             raise Broken(name, f"not judged, before it began: {already}")
-        Run.begin()
+        Run.manager, Run.lines, Run.tried = None, [], collections.Counter()
         try:
             with time_limit(), recorded_lines():
-                run(subject)
+                run(play(subject))
         except unittest.SkipTest:
             raise
         except Defect as defect:
-            what, cause = str(defect), defect.__cause__
-            remedy_now = defect.remedy or remedy
-            raise Broken(name, what, path_that_ran(), remedy_now) from cause
+            helps = defect.remedy or remedy
+            raise Broken(name, str(defect), path_that_ran(), helps) from defect.__cause__
         except Hang:
             what = f"{name_of(Run.manager)} did not end within {PATIENCE:g} s"
             raise Broken(name, what, path_that_ran(), HANGS) from None
@@ -283,8 +258,11 @@ def in_a_loop() -> bool:
     return asyncio._get_running_loop() is not None
 
 
+async def do_nothing(value: object) -> None: ...
+
+
 async def leave(
-    manager: AnyManager, body: Body, error: BaseException | None = None
+    manager: AnyManager, body: Body = do_nothing, error: BaseException | None = None
 ) -> BaseException | None:
     """Open a block, run `body` in it, leave it by `error`; return what came out."""
     if error is not None:
@@ -316,18 +294,13 @@ def pass_on(came_out: BaseException | None, expected: BaseException | None) -> N
 async def use(subject: Subject, value: object) -> None:
     """Use what the block gave, once."""
     if subject.use is not None:
-        result = subject.use(value)
-        if inspect.isawaitable(result):
-            await result
+        await result_of(subject.use(value))
 
 
-async def do_nothing(value: object) -> None: ...
-
-
-def only_if(condition: object, reason: str) -> None:
-    """Skip a way that this subject is not made for."""
-    if not condition:
-        raise unittest.SkipTest(reason)
+async def result_of(value: object) -> None:
+    """Await what may be awaitable."""
+    if inspect.isawaitable(value):
+        await value
 
 
 # --- What is demanded ---
@@ -357,18 +330,12 @@ def must_show(expected: object, came_out: BaseException, under: str) -> None:
     """The error that a fault promises must come out, or be visible beside what did."""
     if not isinstance(expected, BaseException | type):
         return
-    for error in visible_from(came_out):
-        if error is expected or (isinstance(expected, type) and isinstance(error, expected)):
-            return
-    raise Defect(f"failed {under}, but not by its {expected!r}: {came_out!r}") from came_out
+    kind = expected if isinstance(expected, type) else ()
+    if not any(error is expected or isinstance(error, kind) for error in visible_from(came_out)):
+        raise Defect(f"failed {under}, but not by its {expected!r}: {came_out!r}") from came_out
 
 
-def other_tasks() -> set[asyncio.Task[Any]]:
-    """The tasks of this event loop, without the current one."""
-    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
-
-
-def nothing_running(tasks: set[asyncio.Task[Any]], how: str) -> None:
+def nothing_running(tasks: Set[asyncio.Task[Any] | None], how: str) -> None:
     """No task of the manager's may go on in the background."""
     if tasks:
         raise Defect(f"was left{how} while its work went on in {tasks}")
@@ -380,7 +347,7 @@ async def nothing_left(
     """No task may go on in the background; then ask the oracle, in the context of the block."""
     ask = subject.leaks if context is None else functools.partial(context.run, subject.leaks)
     if in_a_loop():
-        nothing_running(other_tasks(), how)
+        nothing_running(asyncio.all_tasks() - {asyncio.current_task()}, how)
         for _turn in range(SETTLING):
             if not ask():
                 return
@@ -406,9 +373,9 @@ async def use_after(subject: Subject, value: object) -> None:
         if not isinstance(error, expected):
             what = f"raised {error!r} when used after its block, not {expected.__name__}"
             raise Defect(what) from error
-    else:
-        if expected is not None:
-            raise Defect(f"could be used after its block: no {expected.__name__} was raised")
+        return
+    if expected is not None:
+        raise Defect(f"could be used after its block: no {expected.__name__} was raised")
 
 
 def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault]]:
@@ -424,16 +391,8 @@ def faults(kind: str, given: Sequence[Fault] | str) -> Iterator[tuple[str, Fault
 
 IN_FINALLY = "Release in `finally` or `__exit__` (chapter 01, demo 3)."
 NOT_EXCEPT = "`except Exception` does not see it: release in `finally` (chapter 01, demo 3)."
-PASSES_ON = "Let it pass on unchanged: see what `@contextmanager` does (chapter 01, demo 6)."
 SWALLOWS = "Let `__exit__` return a true value only to suppress on purpose (chapter 01, demo 5)."
-HALF_WAY = "Release what is held already: an `ExitStack` does so (chapter 07, demo 1)."
 ONE_BY_ONE = "Give each release a `finally` of its own, or an `ExitStack` (chapter 07, demo 4)."
-IN_ENTER = "Acquire in `__enter__` or below `def`, not in `__init__` (chapter 01, demo 1)."
-CLOSED = "Mark it as closed in the cleanup, and check that at each use (chapter 02, demo 1)."
-RESTORE = "Restore what was there before, not None: keep the token (chapter 04, demo 2)."
-OWN_STATE = "Keep the state of a block in the block, or in a ContextVar (chapter 04, demo 1)."
-NO_GAP = "No `await` between taking and `try` (chapter 03, demo 4)."
-SERVED = "A waiter that was served and cancelled must pass it on (chapter 03, demo 5)."
 FINISH = "Cleanup that awaits needs `finish`, or no `await` (chapter 03, demo 7)."
 BLIND = "Let `leaks` see what an open block holds; if it holds nothing, say visible=False."
 PASSES_CANCEL = "Catch CancelledError only to clean up, then `raise` (chapter 03, demo 7)."
@@ -468,7 +427,7 @@ async def raises_exception(subject: Subject) -> None:
 @way(NOT_EXCEPT)
 async def raises_base_exception(subject: Subject) -> None:
     """The body raises what `except Exception` does not see."""
-    await leave_by(subject, Interruption("raised in the body"))
+    await leave_by(subject, BaseException("raised in the body"))
 
 
 @way(NOT_EXCEPT)
@@ -489,7 +448,7 @@ async def raises_cancelled_error(subject: Subject) -> None:
     await leave_by(subject, asyncio.CancelledError("raised in the body"))
 
 
-@way(PASSES_ON)
+@way("Let it pass on unchanged: see what `@contextmanager` does (chapter 01, demo 6).")
 async def raises_stop_iteration(subject: Subject) -> None:
     """StopIteration passes through, which a generator would turn into RuntimeError (PEP 479)."""
     await leave_by(subject, StopIteration("raised in the body"))
@@ -497,13 +456,13 @@ async def raises_stop_iteration(subject: Subject) -> None:
         await leave_by(subject, StopAsyncIteration("raised in the body"))
 
 
-@way(HALF_WAY)
+@way("Release what is held already: an `ExitStack` does so (chapter 07, demo 1).")
 async def set_up_fails(subject: Subject) -> None:
     """Entering fails: what it had acquired by then must be given back."""
     for under, fault in faults("setup_faults", subject.setup_faults):
         with fault() as expected:
             try:
-                came_out = await leave(opened(subject), do_nothing)
+                came_out = await leave(opened(subject))
             except Defect:
                 raise
             except Exception as error:  # some fail when they are made
@@ -514,46 +473,44 @@ async def set_up_fails(subject: Subject) -> None:
         await nothing_left(subject, f" {under}")
 
 
-async def leave_under(
-    subject: Subject, under: str, fault: Fault, error: BaseException | None
-) -> None:
-    """Leave a block whose cleanup fails: the failure must come out, the body's error be visible."""
-    with fault() as expected:
-        came_out = await leave(opened(subject), functools.partial(use, subject), error)
-    if came_out is None:
-        raise Defect(f"failed to clean up {under} without a word")
-    if error is not None and error not in visible_from(came_out):
-        what = f"failed to clean up {under}: {came_out!r} hides the body's {error!r}"
-        raise Defect(what) from came_out
-    must_show(expected, came_out, under)
-    await nothing_left(subject, f" {under}")
+async def leave_under_faults(subject: Subject, error: BaseException | None) -> None:
+    """Cleanup fails: that must come out, and the body's error be visible."""
+    for under, fault in faults("cleanup_faults", subject.cleanup_faults):
+        with fault() as expected:
+            came_out = await leave(opened(subject), functools.partial(use, subject), error)
+        if came_out is None:
+            raise Defect(f"failed to clean up {under} without a word")
+        if error is not None and error not in visible_from(came_out):
+            what = f"failed to clean up {under}: {came_out!r} hides the body's {error!r}"
+            raise Defect(what) from came_out
+        must_show(expected, came_out, under)
+        await nothing_left(subject, f" {under}")
 
 
 @way(ONE_BY_ONE)
 async def clean_up_fails(subject: Subject) -> None:
     """Cleanup fails: that must come out, and the rest must be cleaned up all the same."""
-    for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        await leave_under(subject, under, fault, None)
+    await leave_under_faults(subject, None)
 
 
 @way(ONE_BY_ONE)
 async def clean_up_fails_after_an_error(subject: Subject) -> None:
     """The body fails, then cleanup fails too: neither may hide the other."""
-    for under, fault in faults("cleanup_faults", subject.cleanup_faults):
-        await leave_under(subject, under, fault, Failure("raised in the body"))
+    await leave_under_faults(subject, Failure("raised in the body"))
 
 
-@way(IN_ENTER)
+@way("Acquire in `__enter__` or below `def`, not in `__init__` (chapter 01, demo 1).")
 async def never_entered(subject: Subject) -> None:
     """A manager is made but never entered: it must not have acquired anything."""
     opened(subject)  # kept in Run, so that its deletion does not release it in time
     await nothing_left(subject, " though it was never entered")
 
 
-@way(CLOSED)
+@way("Mark it as closed in the cleanup, and check that at each use (chapter 02, demo 1).")
 async def used_after_close(subject: Subject) -> None:
     """What the block gave is used after the block."""
-    only_if(subject.use, "the subject has no use")
+    if subject.use is None:
+        raise unittest.SkipTest("the subject has no use")
     given: list[object] = []
 
     async def keep(value: object) -> None:
@@ -565,10 +522,11 @@ async def used_after_close(subject: Subject) -> None:
         await nothing_left(subject)
 
 
-@way(RESTORE)
+@way("Restore what was there before, not None: keep the token (chapter 04, demo 2).")
 async def nested(subject: Subject) -> None:
     """A block inside a block, left normally and by an error: the outer one is not disturbed."""
-    only_if(subject.nestable, "the subject is not nestable")
+    if not subject.nestable:
+        raise unittest.SkipTest("the subject is not nestable")
     given: list[object] = []
 
     async def inner_body(value: object) -> None:
@@ -589,29 +547,40 @@ async def nested(subject: Subject) -> None:
     await nothing_left(subject)
 
 
-@way(OWN_STATE)
+@way("Keep the state of a block in the block, or in a ContextVar (chapter 04, demo 1).")
 async def concurrent(subject: Subject) -> None:
     """Threads or tasks have blocks open at once; half leave, the others go on using theirs."""
-    only_if(subject.concurrent, "the subject is not concurrent")
+    if not subject.concurrent:
+        raise unittest.SkipTest("the subject is not concurrent")
+    meeting: Any = threading.Barrier(subject.at_once, timeout=PATIENCE)
+    if in_a_loop():
+        meeting = asyncio.Barrier(subject.at_once)
+    errors: list[BaseException] = []
 
-    async def take_part(meet: Callable[[], Awaitable[object]], leaves_first: bool) -> None:
+    async def take_part(leaves_first: bool) -> None:
         async def body(value: object) -> None:
-            await meet()  # all are open
+            await result_of(meeting.wait())  # all are open
             await use(subject, value)
             if not leaves_first:
-                await meet()  # half have left
+                await result_of(meeting.wait())  # half have left
                 await use(subject, value)
 
-        pass_on(await leave(opened(subject), body), None)
-        if leaves_first:
-            await meet()
-        await meet()  # all have left
-        if leaked := subject.leaks():  # as seen from this thread's or task's context, too
-            raise Defect(f"left something behind: {leaked}")
+        try:
+            pass_on(await leave(opened(subject), body), None)
+            if leaves_first:
+                await result_of(meeting.wait())
+            await result_of(meeting.wait())  # all have left
+            if leaked := subject.leaks():  # as seen from this thread's or task's context, too
+                raise Defect(f"left something behind: {leaked}")
+        except BaseException as error:
+            errors.append(error)
+            await result_of(meeting.abort())
 
-    errors = await (in_tasks if in_a_loop() else in_threads)(take_part, subject.at_once)
+    parts = [take_part(leaves_first=number % 2 == 0) for number in range(subject.at_once)]
+    await play_at_once(parts)
+    broken = threading.BrokenBarrierError | asyncio.BrokenBarrierError
     for error in errors:
-        if not isinstance(error, CONSEQUENCES):
+        if not isinstance(error, broken | asyncio.CancelledError):  # these follow from the others
             raise error
     if errors:
         what = f"{subject.at_once} blocks could not be open at once"
@@ -619,78 +588,43 @@ async def concurrent(subject: Subject) -> None:
     await nothing_left(subject)
 
 
-# What happens to the others if one takes no part.
-CONSEQUENCES = (threading.BrokenBarrierError, asyncio.BrokenBarrierError, asyncio.CancelledError)
-
-
-async def in_threads(take_part: Callable[..., Any], number: int) -> list[BaseException]:
-    """Play a part in each of some threads; return the errors."""
-    meeting = threading.Barrier(number, timeout=PATIENCE)
-    errors: list[BaseException] = []
-
-    async def meet() -> None:
-        meeting.wait()
-
-    def play(leaves_first: bool) -> None:
-        try:
-            take_part(meet, leaves_first).send(None)
-        except StopIteration:
-            return
-        except BaseException as error:
-            meeting.abort()
-            errors.append(error)
-
-    threads = [
-        threading.Thread(name=THREAD, target=play, args=(n % 2 == 0,), daemon=True)
-        for n in range(number)
-    ]
+async def play_at_once(parts: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Play each part in a task, and cancel those that hang; or in a thread."""
+    if in_a_loop():
+        tasks = [asyncio.create_task(part) for part in parts]
+        _done, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
+        for task in hanging:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return
+    Thread = functools.partial(threading.Thread, name=THREAD, target=drive, daemon=True)
+    threads = [Thread(args=(part,)) for part in parts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return errors
-
-
-async def in_tasks(take_part: Callable[..., Any], number: int) -> list[BaseException]:
-    """Play a part in each of some tasks; return the errors."""
-    meeting = asyncio.Barrier(number)
-
-    async def play(leaves_first: bool) -> None:
-        try:
-            await take_part(meeting.wait, leaves_first)
-        except BaseException:
-            await meeting.abort()
-            raise
-
-    tasks = [asyncio.create_task(play(n % 2 == 0)) for n in range(number)]
-    _done, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
-    for task in hanging:
-        task.cancel()
-    ended = await asyncio.gather(*tasks, return_exceptions=True)
-    return [error for error in ended if isinstance(error, BaseException)]
 
 
 # --- Cancellation at every await ---
 
 
+@dataclass
 class Cancelling:
-    """Runs a block as its task would, and cancels that task at the awaits that a plan chooses.
+    """Runs a block as its task would, and cancels that task `at` some of its awaits, by number.
 
-    `plan` says how many awaits pass before each cancel. The n-th await is the same one in each
-    run, however long the coroutine waits there for a socket or a child process.
+    The n-th await is the same one in each run, however long the coroutine waits there for a
+    socket or a child process.
 
     At such an `await` there are two moments at which a cancel differs. While it still waits: the
     cancel ends the waiting. And just after it was served (`late`), before the task learned of it:
     the connection, the lock, the GPU is already granted, and CancelledError arrives in its place.
     """
 
-    def __init__(self, subject: Subject, plan: Sequence[int], late: bool) -> None:
-        self.subject = subject
-        self.plan = list(plan)
-        self.late = late
-        self.phase = "set-up"
-        self.cancels: list[tuple[str, BaseException | None]] = []
-        self.still_running: set[asyncio.Task[Any]] = set()
+    subject: Subject
+    at: Sequence[int]
+    late: bool
+    phase: str = "set-up"
+    cancels: list[tuple[str, BaseException | None]] = field(default_factory=list)
 
     async def body(self, value: object) -> None:
         """Use what the block gave, and wait once."""
@@ -701,22 +635,16 @@ class Cancelling:
         finally:
             self.phase = "cleanup"
 
-    async def block(self) -> None:
-        """The block whose ways out are examined."""
-        pass_on(await leave(opened(self.subject), self.body), None)
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        block: types.CoroutineType[Any, Any, None] = self.block()  # type: ignore[assignment]
+    def __await__(self) -> Generator[Any, Any, BaseException | None]:
+        block = leave(opened(self.subject), self.body)
         resume: Callable[[], Any] = functools.partial(block.send, None)
+        numbers = itertools.count()
         while True:
             try:
                 awaited = resume()
-            except StopIteration:
-                return
-            cancels = self.is_chosen()
-            if cancels:
-                Run.tried.update(points=1, cancellations=1)
-                self.cancels.append((self.phase, None))
+            except StopIteration as ended:
+                return cast(BaseException | None, ended.value)
+            if cancels := next(numbers) in self.at:
                 self.cancel(awaited)
             try:
                 answer = yield awaited
@@ -726,17 +654,10 @@ class Cancelling:
                     self.cancels[-1] = (self.cancels[-1][0], error)
                 resume = functools.partial(block.throw, error)
 
-    def is_chosen(self) -> bool:
-        """Return whether the plan has a cancel for this await."""
-        if self.plan and self.plan[0] == 0:
-            del self.plan[0]
-            return True
-        if self.plan:
-            self.plan[0] -= 1
-        return False
-
     def cancel(self, awaited: Any) -> None:
         """Cancel the task now, while it goes to sleep, or as soon as `awaited` is done."""
+        Run.tried.update(points=1, cancellations=1)
+        self.cancels.append((self.phase, None))
         task = asyncio.current_task()
         assert task is not None
         if self.late and asyncio.isfuture(awaited):
@@ -747,32 +668,30 @@ class Cancelling:
             task.cancel()
 
     def story(self) -> str:
-        """Where the cancels struck, for a message."""
+        """Where the cancels struck: the innermost lines of your own code that they went through."""
         if not self.cancels:
             return ", never cancelled"
+        places = []
+        for phase, error in self.cancels:
+            frames = traceback.extract_tb(error.__traceback__ if error else None)
+            own = [frame for frame in frames if not frame.filename.startswith(FOREIGN)]
+            at = f", at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+            places.append(f"in its {phase}{at}")
         moment = "just as it was served" if self.late else "while it waited"
-        places = [f"in its {phase}{place_of(error)}" for phase, error in self.cancels]
         return f" when cancelled {moment} {' and again '.join(places)}"
 
 
-def place_of(error: BaseException | None) -> str:
-    """The innermost line of the user's own code that a cancellation went through."""
-    frames = traceback.extract_tb(error.__traceback__ if error else None)
-    foreign = (__file__, contextlib.__file__, os.path.dirname(asyncio.__file__))
-    own = [frame for frame in frames if not frame.filename.startswith(foreign)]
-    return f", at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
-
-
-async def cancel(subject: Subject, *plan: int, late: bool = False) -> int:
-    """Run a block, cancel it by `plan`, judge what came out; return how often it was cancelled."""
-    run = Cancelling(subject, plan, late)
+async def cancel(subject: Subject, *at: int, late: bool = False) -> int:
+    """Run a block, cancel it, judge what came out; return how often it was cancelled."""
+    run = Cancelling(subject, at, late)
     others = asyncio.all_tasks()  # the contract's own
+    still_running: set[asyncio.Task[Any] | None] = set()
 
     async def awaiting() -> None:
         try:
-            await run
+            pass_on(await run, None)
         finally:
-            run.still_running = other_tasks() - others
+            still_running.update(asyncio.all_tasks() - others - {asyncio.current_task()})
 
     context = contextvars.copy_context()
     task = asyncio.get_running_loop().create_task(awaiting(), context=context)
@@ -781,34 +700,27 @@ async def cancel(subject: Subject, *plan: int, late: bool = False) -> int:
         task.cancel()
         await asyncio.wait({task}, timeout=PATIENCE)
         raise Defect(f"did not end within {PATIENCE:g} s{run.story()}", HANGS)
-    judge_cancelled(run, task)
-    nothing_running(run.still_running, run.story())
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if isinstance(error, Defect | Hang):
+        raise error
+    if error is not None and not (task.cancelled() and run.cancels):
+        raise Defect(f"let {error!r} out{run.story()}") from error
+    if task.cancelled() and not task.cancelling():
+        raise Defect(f"undid the cancellation by uncancel(){run.story()}", PASSES_CANCEL)
+    if run.cancels and not (error or issubclass(asyncio.CancelledError, subject.suppresses)):
+        raise Defect(f"swallowed CancelledError{run.story()}", PASSES_CANCEL)
+    nothing_running(still_running, run.story())
     await nothing_left(subject, run.story(), context)
     return len(run.cancels)
 
 
-def judge_cancelled(run: Cancelling, task: asyncio.Task[None]) -> None:
-    """A cancelled task must end as cancelled, and one that was not must end well."""
-    if task.cancelled() and run.cancels:
-        if not task.cancelling():
-            raise Defect(f"undid the cancellation by uncancel(){run.story()}", PASSES_CANCEL)
-        return
-    error = asyncio.CancelledError() if task.cancelled() else task.exception()
-    if isinstance(error, Defect | Hang):
-        raise error
-    if error is not None:
-        raise Defect(f"let {error!r} out{run.story()}") from error
-    if run.cancels and not issubclass(asyncio.CancelledError, run.subject.suppresses):
-        raise Defect(f"swallowed CancelledError{run.story()}", PASSES_CANCEL)
-
-
-def count_up() -> Iterator[int]:
-    """0, 1, 2, ... up to the number at which waiting for the end makes no sense."""
-    yield from range(MOST_SUSPENSIONS)
+def count_up(start: int = 0) -> Iterator[int]:
+    """Count to the number at which waiting for the end makes no sense."""
+    yield from range(start, MOST_SUSPENSIONS)
     raise Defect(f"was cancelled at {MOST_SUSPENSIONS} awaits, and there is still no end of them")
 
 
-@way(NO_GAP, sync=False)
+@way("No `await` between taking and `try` (chapter 03, demo 4).", sync=False)
 async def async_cancelled_while_it_waits(subject: Subject) -> None:
     """Cancelled at the first await of set-up, body or cleanup; at the second; and so on."""
     for nth in count_up():
@@ -816,7 +728,7 @@ async def async_cancelled_while_it_waits(subject: Subject) -> None:
             return
 
 
-@way(SERVED, sync=False)
+@way("A waiter that was served and cancelled must pass it on (chapter 03, demo 5).", sync=False)
 async def async_cancelled_just_as_it_is_served(subject: Subject) -> None:
     """Cancelled when what it waited for was granted already, at every await."""
     for nth in count_up():
@@ -832,7 +744,7 @@ async def async_cancelled_twice_anywhere(subject: Subject) -> None:
     them may have to leave this way out.
     """
     for nth in count_up():
-        for later in count_up():
+        for later in count_up(nth + 1):
             cancels = await cancel(subject, nth, later)
             if cancels == 0:
                 return
@@ -844,8 +756,8 @@ async def async_cancelled_twice_anywhere(subject: Subject) -> None:
 async def async_cancelled_by_an_anyio_scope(subject: Subject) -> None:
     """The block stands in an anyio scope that is cancelled, as in Starlette or FastAPI."""
     anyio = sys.modules.get("anyio")
-    only_if(anyio, "anyio is not imported")
-    assert anyio is not None
+    if anyio is None:
+        raise unittest.SkipTest("anyio is not imported")
 
     async def body(value: object) -> None:
         await use(subject, value)
@@ -859,10 +771,6 @@ async def async_cancelled_by_an_anyio_scope(subject: Subject) -> None:
     if not scope.cancelled_caught and not issubclass(asyncio.CancelledError, subject.suppresses):
         raise Defect("swallowed the cancellation of an anyio scope", PASSES_CANCEL)
     await nothing_left(subject, " when cancelled by an anyio scope")
-
-
-SYNC_WAYS = tuple(sync_ways)
-ASYNC_WAYS = tuple(async_ways)
 
 
 # --- A limit for what hangs ---
@@ -887,7 +795,7 @@ def time_limit() -> Iterator[None]:
         yield
         return
 
-    def on_alarm(number: int, frame: types.FrameType | None) -> None:
+    def on_alarm(*_args: object) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, on_alarm)
@@ -911,14 +819,11 @@ def recorded_lines() -> Iterator[None]:
         yield
         return
 
-    last: dict[int, int] = {}  # the line that each frame has reached
-
     def on_event(frame: types.FrameType, event: str, _argument: object) -> Any:
         if frame.f_code.co_filename.startswith(FOREIGN):
             return None
-        if event == "line" and frame.f_lineno != last.get(id(frame)):
+        if event == "line":
             Run.lines.append((frame.f_code, frame.f_lineno))
-        last[id(frame)] = frame.f_lineno  # subtle: 3.13 reports a resumed `await` twice
         return on_event
 
     sys.settrace(on_event)
@@ -931,30 +836,25 @@ def recorded_lines() -> Iterator[None]:
 def codes_of(manager: object) -> list[types.CodeType]:
     """Return the manager's own functions: the generator below a decorator, or its methods."""
     generator = getattr(manager, "gen", None)
-    for name in ("gi_code", "ag_code"):
-        if code := getattr(generator, name, None):
-            return [code]
-    methods = (getattr(type(manager), name, None) for name in METHODS)
-    codes = (getattr(method, "__code__", None) for method in methods)
+    if code := getattr(generator, "gi_code", None) or getattr(generator, "ag_code", None):
+        return [code]
+    names = ("__enter__", "__aenter__", "__exit__", "__aexit__")
+    codes = [getattr(getattr(type(manager), name, None), "__code__", None) for name in names]
     return [code for code in codes if code and not code.co_filename.startswith(FOREIGN)]
-
-
-METHODS = ("__enter__", "__aenter__", "__exit__", "__aexit__")
 
 
 def path_that_ran() -> str:
     """Return the manager's code, with the order of execution beside each line."""
     rows: list[tuple[str, str]] = []
     codes = codes_of(Run.manager)
-    steps = [(code, line) for code, line in Run.lines if code in codes]
+    own = [(code, line) for code, line in Run.lines if code in codes]
+    steps = [step for step, _again in itertools.groupby(own)]  # 3.13 tells a resumed `await` twice
     for code in codes:
-        try:
+        with suppress(OSError):
             source, first = inspect.getsourcelines(code)
-        except OSError:
-            continue
-        for number, text in enumerate(source, max(first, 1)):
-            places = [str(n) for n, step in enumerate(steps, 1) if step == (code, number)]
-            rows.append((" ".join(places[:6]), text.rstrip()))
+            for number, text in enumerate(source, max(first, 1)):
+                places = [str(n) for n, step in enumerate(steps, 1) if step == (code, number)]
+                rows.append((" ".join(places[:6]), text.rstrip()))
     if not rows:
         return ""
     width = max(len(places) for places, _text in rows)
@@ -974,12 +874,11 @@ def name_of(manager: object) -> str:
 
 def what_is_open() -> set[str]:
     """Return the open descriptors and the threads of this process."""
-    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
     found = {str(each) for each in threading.enumerate() if each.name != THREAD}
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    for link in Path("/proc/self/fd").glob("*"):
         with suppress(OSError):
-            if not (target := os.readlink(f"{folder}/{name}")).endswith("/fd"):  # of this listing
-                found.add(f"descriptor {name}: {target}")
+            if not (target := os.readlink(link)).endswith("/fd"):  # of this listing
+                found.add(f"descriptor {link.name}: {target}")
     return found
 
 
@@ -1010,22 +909,16 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     sys.path.insert(0, str(Path(file).resolve().parent))
     sys.modules["contract"] = sys.modules[__name__]  # the file imports the same Subject
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    factory = getattr(importlib.import_module(Path(file).stem), name, None)
+    if not callable(factory):
         print(f"{file} has no function {name!r}", file=sys.stderr)
         return 2
-    make = functools.partial(make_subject, getattr(module, name))
-    failures = []
     give_up = functools.partial(faulthandler.dump_traceback_later, GIVE_UP, exit=True)
     give_up(file=sys.__stderr__ or 2)
-    for each, found in verdicts(make, ways_for(make())):
-        give_up(file=sys.__stderr__ or 2)
-        mark, what = "✓", ""
+    failures = []
+    for each in ways_for(make_subject(factory)):
+        give_up(file=sys.__stderr__ or 2)  # anew for each way
+        mark, what, found = "✓", "", verdict(each, make_subject(factory))
         if isinstance(found, Broken):
             failures.append(found)
             mark, what = "✗", found.what
