@@ -1,82 +1,54 @@
-"""The Markdown pages, in both languages: links lead somewhere, names exist, the editions agree."""
+"""The Markdown pages, in both languages: links lead somewhere, names exist, the editions agree.
+
+What the README tells a newcomer to type is what CI runs, and what it shows works.
+"""
 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import functools
 import importlib
-import io
 import re
 import tokenize
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tokenize import NAME
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT
-from fences import find_fences
+from conftest import ROOT, load_chapter
+from contract import SYNC_WAYS, Way, check
 from sybil import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from translate import PAGES, chinese_page, sections
 
-ENGLISH = [ROOT / page for page in PAGES if (ROOT / page).exists()]
-TRANSLATED = [page for page in PAGES if chinese_page(ROOT, page).exists()]
-CHINESE = [chinese_page(ROOT, page) for page in TRANSLATED]
-DOCUMENTS = [*ENGLISH, *CHINESE, ROOT / "CONTRIBUTING.md"]  # the last is not translated
-LABELS = {"python", "text", "bash", "json", "mermaid", "powershell", "toml"}
-DIAGRAMS = {"flowchart", "sequenceDiagram", "stateDiagram-v2", "classDiagram"}
-
+CHINESE = [chinese_page(ROOT, page) for page in PAGES]
+DOCUMENTS = [*(ROOT / page for page in PAGES), *CHINESE, ROOT / "CONTRIBUTING.md"]
 # Names of other projects that our pages speak of: not ours to define, nor installed here.
-ELSEWHERE = {
-    "ClientGroup": "fastmcp 4",
-    "FastMCP": "mcp 1, fastmcp",
-    "filelock": "the package of FileLock",
-    "MCPServerManager": "OpenAI Agents SDK",
-    "component_name_hook": "mcp.ClientSessionGroup",
-    "connect_to_server": "mcp.ClientSessionGroup",
-    "failed_servers": "OpenAI Agents SDK",
-    "PromptRecorder": "llamabot before 0.12",
-    "RunContextWrapper": "OpenAI Agents SDK",
-}
-
-
-each_document = pytest.mark.parametrize(
-    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
-)
+ELSEWHERE = "FastMCP ClientGroup filelock MCPServerManager failed_servers RunContextWrapper"
+ELSEWHERE += " PromptRecorder component_name_hook connect_to_server"
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda it: str(it.relative_to(ROOT)))
 
 
 def fences(path: Path) -> list[tuple[str, str]]:
     """Every fence of the page: its info string and its content."""
-    document = Document(path.read_text(encoding="utf-8"), str(path))
     lexer = RawFencedCodeBlockLexer(re.compile(r"(?P<info>[^\n]*)$\n", re.MULTILINE))
-    return [
-        (str(region.lexemes["info"]).strip(), str(region.lexemes["source"]))
-        for region in lexer(document)
-    ]
+    found = [region.lexemes for region in lexer(Document(path.read_text("utf-8"), str(path)))]
+    return [(str(fence["info"]).strip(), str(fence["source"])) for fence in found]
 
 
 def prose(path: Path) -> str:
     """The page without its fences and comments."""
-    text = re.sub(
-        r"^(`{3,}).*?^\1[ ]*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-    )
-    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-
-
-# --- Links ---
+    return re.sub(r"(?ms)^(`{3,}).*?^\1[ ]*$|<!--.*?-->", "", path.read_text("utf-8"))
 
 
 def anchors(path: Path) -> set[str]:
     """The anchors that a Markdown viewer such as GitHub's makes of the headings."""
-    seen: Counter[str] = Counter()
-    found = set()
-    for section in sections(path.read_text(encoding="utf-8")):
-        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", section.title)
-        slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
-        seen[slug] += 1
-    return found
+    titles = [section.title for section in sections(path.read_text("utf-8"))]
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title.lower()) for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
 
 
 @each_document
@@ -94,83 +66,127 @@ def test_every_relative_link_and_anchor_leads_somewhere(path: Path) -> None:
     assert broken == []
 
 
-# --- Names ---
-
-
-def words(source: str) -> set[str]:
-    """The names in Python source."""
-    with contextlib.suppress(tokenize.TokenError, SyntaxError):
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        return {token.string for token in tokens if token.type == tokenize.NAME}
-    return set(re.findall(r"\w+", source))  # a piece
-
-
 @functools.cache
 def known_names() -> frozenset[str]:
     """Names in the tree's Python files, and those of the modules that the pages are about."""
-    files = [*ROOT.glob("0*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py")]
-    files += [*ROOT.glob("exercises/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
-    found = set().union(*(words(file.read_text(encoding="utf-8")) for file in files))
+    found: set[str] = set()
+    for folder in (".", "tests", "tools", "exercises", "exercises/*"):
+        for file in ROOT.glob(f"{folder}/*.py"):
+            with file.open("rb") as source:
+                found |= {it.string for it in tokenize.tokenize(source.readline) if it.type == NAME}
     modules = "asyncio anyio contextlib contextvars sqlite3 subprocess websockets openai mcp"
     modules += " mcp.types mcp.client.sse mcp.client.stdio mcp.client._probe"
     modules += " mcp.client.streamable_http mcp.server mcp.shared"
     for module in (builtins, *map(importlib.import_module, modules.split())):
         found |= set(dir(module)) | {module.__name__}
-    return frozenset(found | {"async", "await", "mcp", "ExceptionGroup"} | ELSEWHERE.keys())
+    return frozenset(found | {"async", "await", "mcp", "ExceptionGroup"} | set(ELSEWHERE.split()))
 
 
 @each_document
 def test_every_name_that_looks_like_code_exists(path: Path) -> None:
-    own = set().union(*(words(body) for info, body in fences(path) if info == "python"))
+    code = " ".join(body for info, body in fences(path) if info == "python")
+    known = known_names().union(re.findall(r"\w+", code))
     unknown = []
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(path)):
         call = re.fullmatch(r"@?([A-Za-z_]\w*(?:\.\w+)*)(\(.*\))?", span)
         if call and (call[2] or re.search(r"[a-z]_[a-z]|[a-z][A-Z]|[A-Z][A-Z][a-z]", call[1])):
-            parts = set(call[1].split("."))
-            if not parts <= known_names() | own:
-                unknown.append(span)
+            unknown += [name for name in call[1].split(".") if name not in known]
     assert unknown == []
-
-
-# --- Fences and diagrams ---
 
 
 @each_document
 def test_every_fence_says_what_it_is_and_a_diagram_closes_its_brackets(path: Path) -> None:
     for info, body in fences(path):
-        assert info in LABELS
+        assert info in {"python", "text", "bash", "json", "mermaid", "powershell", "toml"}
         if info == "mermaid":
-            assert body.split(maxsplit=1)[0] in DIAGRAMS
-            assert body.count('"') % 2 == 0, body
-            text = re.sub(r'"[^"\n]*"', "", body)  # a bracket in a quoted label is none,
-            text = re.sub(r"-[-.]*(?:>+|\))", "", text)  # nor is that of an arrow: --> ->> --)
+            # A bracket in a quoted label is none, nor is that of an arrow: --> ->> --)
+            text = re.sub(r'"[^"\n]*"|-[-.]*(?:>+|\))', "", body)
+            assert '"' not in text, body
             for opening, closing in ("()", "[]", "{}"):
                 assert text.count(opening) == text.count(closing), body
 
 
-# --- The editions ---
-
-
-@pytest.mark.parametrize("page", TRANSLATED)
-def test_the_chinese_edition_keeps_every_fence_letter_for_letter(page: str) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_the_editions_have_equal_fences_and_lead_to_each_other(page: str) -> None:
     """A diagram's labels may be translated; its kind, and the number of its lines, may not."""
 
-    def comparable(path: Path) -> list[tuple[str, object]]:
+    def comparable(path: Path) -> list[object]:
         return [
             (info, (body.split()[0], len(body.splitlines())) if info == "mermaid" else body)
             for info, body in fences(path)
         ]
 
-    def run(path: Path) -> list[tuple[object, ...]]:
-        return [(fence.source, fence.expected, fence.reason) for fence in find_fences(path)]
-
     english, chinese = ROOT / page, chinese_page(ROOT, page)
     assert comparable(chinese) == comparable(english)
-    assert run(chinese) == run(english)
+    assert f"](locale/zh_CN/{page})" in english.read_text("utf-8")[:1500]
+    assert f"](../../{page})" in chinese.read_text("utf-8")[:1500]
 
 
-@pytest.mark.parametrize("page", TRANSLATED)
-def test_the_editions_lead_to_each_other(page: str) -> None:
-    english, chinese = ROOT / page, chinese_page(ROOT, page)
-    assert f"](locale/zh_CN/{page})" in english.read_text(encoding="utf-8")[:1500]
-    assert f"](../../{page})" in chinese.read_text(encoding="utf-8")[:1500]
+# --- The README ---
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme(label: str) -> str:
+    (block,) = (body for info, body in fences(ROOT / "README.md") if info == label)
+    return block
+
+
+def test_the_readme_needs_two_commands_and_ci_runs_just_these() -> None:
+    commands = readme("bash").splitlines()
+    assert len(commands) == 2
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    positions = [ci.index(command) for command in commands]
+    assert positions == sorted(positions)
+
+
+def test_the_readme_leads_to_every_chapter() -> None:
+    chapters = [path.name for path in ROOT.glob("0*") if path.suffix in {".py", ".md"}]
+    assert [name for name in chapters if f"]({name})" not in README] == []
+
+
+def test_every_manager_that_the_readme_recommends_is_in_the_chapter_that_it_links_to() -> None:
+    rows = re.findall(r"^\|.*\| `(\w+)(?:\(.*\))?` in \[(\d\d)\]", README, re.MULTILINE)
+    assert len(rows) > 9
+    missing = [name for name, number in rows if not hasattr(load_chapter(int(number)), name)]
+    assert missing == []
+
+
+class Pool:
+    def __init__(self, size: int) -> None:
+        self.size, self.in_use = size, 0
+
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        assert self.in_use < self.size
+        self.in_use += 1
+        try:
+            yield
+        finally:
+            self.in_use -= 1
+
+
+@pytest.fixture
+def example() -> dict[str, Any]:
+    """The names of the fence about the contract."""
+    names: dict[str, Any] = {"Pool": Pool}
+    exec(readme("python"), names)
+    return names
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS)
+def test_the_contracts_example_accepts_a_careful_pool(example: dict[str, Any], way: Way) -> None:
+    example["test_the_connection_is_released"](way)
+
+
+def test_the_contracts_example_rejects_a_careless_pool(example: dict[str, Any]) -> None:
+    class CarelessPool(Pool):
+        @contextmanager
+        def connection(self) -> Iterator[None]:
+            self.in_use += 1
+            yield
+            self.in_use -= 1
+
+    example["Pool"] = CarelessPool
+    with pytest.raises(ExceptionGroup, match="ways out break it"):
+        check(example["subject"])
