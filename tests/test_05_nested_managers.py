@@ -171,6 +171,17 @@ def test_2000_real_signals_lose_no_call_and_book_none_twice() -> None:
     assert {(3, 3), (None, 4)} < outcomes <= {(3, 3), (None, 0), (None, 3), (None, 4)}
 
 
+def test_threads_that_race_for_money_get_no_more_than_there_is() -> None:
+    def spend(_number: int) -> int:
+        with suppress(chapter.BudgetExceededError), budget.reserve(1) as reservation:
+            reservation.settle(1)
+            return 1
+        return 0
+
+    with chapter.budget(100) as budget, ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(spend, range(400))) == budget.spent == 100
+
+
 def abandon(manager: Any) -> None:
     """Suspend a generator in the manager's block, in a cycle: only the collector ends it."""
 

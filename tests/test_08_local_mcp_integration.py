@@ -546,6 +546,18 @@ async def test_a_failing_body_waits_for_no_call_and_no_daemon(quick: Quick, said
         await hub.call("a", "echo")
 
 
+def test_one_ctrl_c_does_no_harm_without_our_handler(quick: Quick) -> None:
+    """asyncio.run then cancels its main task. A second Ctrl-C could strike anywhere."""
+
+    async def main() -> None:
+        async with chapter.connect({"a": quick("ignores-eof", "spawns")}) as hub:
+            asyncio.get_running_loop().call_soon(signal.raise_signal, INT)
+            await hub.call("a", "waits")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+
 # The case of "waiting" begins with SIGINT ignored, as in what a shell starts with `&`.
 STRIKES = [("silent", [INT, INT]), ("silent", [HUP, TERM]), ("leaving", [INT, INT])]
 
