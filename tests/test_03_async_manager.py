@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, patch
@@ -128,7 +129,7 @@ def worker_subject(_patch: Patch) -> Subject:
 
 
 def session_subject(monkeypatch: Patch) -> Subject:
-    limit, sessions, clients = asyncio.Semaphore(1), [], []
+    limit, sessions, clients, closed = asyncio.Semaphore(1), [], [], []
 
     async def soon(_request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(0)
@@ -142,9 +143,15 @@ def session_subject(monkeypatch: Patch) -> Subject:
         sessions.append(session)
         return session.ask("Is it?")
 
+    async def close(transport: object, error: Exception | None = None) -> None:
+        await asyncio.sleep(0)
+        closed.append(transport)
+        if error:
+            raise error
+
     def leaks() -> list[object]:
         """A turn that is recorded in part, or still blocks others, is a leak, too."""
-        left: list[object] = [client for client in clients if not client.is_closed()]
+        left: list[object] = ["a client"] * (len(clients) - len(closed))
         for session in sessions:
             half = len(session.messages) * 5 != session.usage.input_tokens
             left += [session] * (half or session._turn.locked() or not session._closed)
@@ -152,7 +159,8 @@ def session_subject(monkeypatch: Patch) -> Subject:
 
     monkeypatch.setattr(chapter, "AsyncOpenAI", make_client)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    closing = AsyncMock(side_effect=OSError("injected"))
+    monkeypatch.setattr(httpx2.MockTransport, "aclose", close)
+    failing = partialmethod(close, OSError("injected"))
     return Subject(
         lambda: chapter.async_llm_session("s", max_concurrency=limit),
         leaks,
@@ -161,7 +169,7 @@ def session_subject(monkeypatch: Patch) -> Subject:
         setup_faults=[
             lambda: fault(openai.OpenAIError, chapter, "AsyncOpenAI", openai.AsyncOpenAI)
         ],
-        cleanup_faults=[lambda: fault(OSError, httpx2.MockTransport, "aclose", closing)],
+        cleanup_faults=[lambda: fault(OSError, httpx2.MockTransport, "aclose", failing)],
     )
 
 
@@ -212,6 +220,7 @@ async def test_a_timeout_names_the_devices_and_the_seconds() -> None:
         with pytest.raises(TimeoutError, match=r"^$"):  # the caller's timeout stays the caller's
             async with asyncio.timeout(0), pool.acquire(timeout=60):
                 pass
+        assert not pool._waiters, "who gave up is still in the line"
         with pytest.raises(TypeError):
             await pool.acquire(timeout="soon").__aenter__()
 
@@ -506,20 +515,20 @@ async def test_refusals_and_tool_calls_are_recorded_as_sent() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("fails", [False, True])
-async def test_a_block_left_in_mid_turn_waits_for_nothing(fails: bool, monkeypatch: Patch) -> None:
+async def test_a_block_left_in_mid_turn_waits_for_nothing(fails: bool) -> None:
     """The turn under way and the one behind it raise SessionClosedError, and are not recorded."""
     server = Server()
-    monkeypatch.setattr(chapter, "AsyncOpenAI", lambda: client_of(server))
-    async with chapter.async_llm_session("s") as session:
-        turns = [asyncio.create_task(session.ask(f"turn {n}")) for n in range(2)]
-        await until(lambda: server.asked)
-    with pytest.raises(chapter.SessionClosedError):  # at once: it does not wait in line
-        await session.ask("too late")
-    server.response = httpx2.Response(500) if fails else None
-    server.may_answer.set()
-    for turn in turns:
-        with pytest.raises(chapter.SessionClosedError, match="session 's' is closed"):
-            await turn
+    async with client_of(server) as client:
+        async with chapter.async_llm_session("s", client=client) as session:
+            turns = [asyncio.create_task(session.ask(f"turn {n}")) for n in range(2)]
+            await until(lambda: server.asked)
+        with pytest.raises(chapter.SessionClosedError):  # at once: it does not wait in line
+            await session.ask("too late")
+        server.response = httpx2.Response(500) if fails else None
+        server.may_answer.set()
+        for turn in turns:
+            with pytest.raises(chapter.SessionClosedError, match="session 's' is closed"):
+                await turn
     assert (session.messages, session.usage) == ([], chapter.Usage(0, 0))
     assert len(server.asked) == 1
 
