@@ -132,7 +132,8 @@ def session_subject(monkeypatch: Patch) -> Subject:
     limit, sessions, clients, closed = asyncio.Semaphore(1), [], [], []
 
     async def soon(_request: httpx2.Request) -> httpx2.Response:
-        await asyncio.sleep(0)
+        for _turn in range(4):  # as a real answer, it takes more than one
+            await asyncio.sleep(0)
         return completion()
 
     def make_client() -> openai.AsyncOpenAI:
