@@ -139,6 +139,8 @@ def test_a_lock_file_says_who_holds_it_and_refuses_a_second_holder(tmp_path: Pat
         unreadable = patched(Path, "read_text", failing)  # as if it was released at this moment
         with unreadable, pytest.raises(chapter.LockHeldError), chapter.lock_file(path):
             pytest.fail("entered")
+        with pytest.raises(FileNotFoundError), chapter.lock_file(tmp_path / "no folder" / "lock"):
+            pytest.fail("entered")
         path.unlink()  # raises, if a refused holder has removed it; the end of the block does not
 
 

@@ -227,7 +227,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "both": (BOTH, "git: there must be either a command"),
     "another host's": ('{"servers": {"K": "sk-secret"}}', "mcpServers: Field required"),
     "http command": ({"command": "x", "type": "http"}, "git: 'http' is not the type"),
-    "unset": ({"command": "x", "args": ["${NOT_SET}"]}, "git.args.0: the environment variable"),
+    "unset": ({"command": "x", "args": ["${NOT_SET}"]}, "args.0: the environment variable NOT_SET"),
 }
 
 
@@ -546,6 +546,13 @@ async def test_a_failing_body_waits_for_no_call_and_no_daemon(quick: Quick, said
         await hub.call("a", "echo")
 
 
+@pytest.mark.asyncio
+async def test_another_task_may_leave_than_the_one_that_entered(quick: Quick) -> None:
+    manager = chapter.connect({"a": quick()})
+    await echo(await asyncio.create_task(manager.__aenter__()))
+    await asyncio.create_task(manager.__aexit__(None, None, None))
+
+
 def test_one_ctrl_c_does_no_harm_without_our_handler(quick: Quick) -> None:
     """asyncio.run then cancels its main task. A second Ctrl-C could strike anywhere."""
 
@@ -626,6 +633,7 @@ async def test_only_a_forgotten_session_resends(status: int, sent: int, monkeypa
             response.status_code = status
 
     def spied(url: str, http_client: httpx2.AsyncClient) -> Any:
+        assert http_client.timeout.read == 300  # the SDK's own: a plain client waits for 5 s
         http_client.event_hooks["response"].insert(0, refuse)
         return transport(url, http_client=http_client)
 

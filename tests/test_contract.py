@@ -136,12 +136,14 @@ class Loan:
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
         if error and self.defect == "has no finally":
             return False
+        if self.defect == "catches Exception" and not isinstance(error, Exception | None):
+            return False
         if isinstance(error, asyncio.CancelledError) and self.defect == "undoes a cancellation":
             task: Any = asyncio.current_task()
             task.uncancel()
         self.close()
         await self.give_back()
-        if error and self.defect == "wraps":
+        if isinstance(error, contract.Failure) and self.defect == "wraps":
             raise RuntimeError("something went wrong") from error
         return self.defect == "swallows"
 
@@ -219,7 +221,8 @@ DEFECTS: dict[str, tuple[set[str], set[str]]] = {
     "leaves the variable set": (ENTERED, CANCELLED),
     "has no finally": (BY_ERRORS | ERRORS_TOO | {"clean_up_fails_after_an_error"}, CANCELLED),
     "swallows": (BY_ERRORS, CANCELLED),
-    "wraps": (BY_ERRORS | ERRORS_TOO, CANCELLED),
+    "catches Exception": (BY_ERRORS - {"raises_exception", "raises_stop_iteration"}, CANCELLED),
+    "wraps": ({"raises_exception"} | ERRORS_TOO, set()),
     "leaks half a set-up": ({"set_up_fails"}, SWALLOWED),
     "stops at the first failure": (BY_FAULTS, set()),
     "hides its failure": (BY_FAULTS, set()),
@@ -558,6 +561,7 @@ def test_a_debuggers_trace_function_is_left_alone() -> None:
 # --- From the command line ---
 
 FILE = """
+import signal
 from contextlib import contextmanager
 from contract import Subject
 held = []
@@ -573,6 +577,11 @@ def careless():
     held.append(open(__file__))
     yield
     held.pop().close()
+@contextmanager
+def stubborn():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    yield
+    signal.pause()
 def subject():
     return Subject(careful, lambda: held, setup_faults="it counts", cleanup_faults="it counts")
 """
@@ -602,3 +611,11 @@ def test_a_bare_manager_is_judged_by_what_it_leaves_open(tmp_path: Path) -> None
     assert ended.returncode == 1
     assert re.search("✗ raises_exception +careless left something behind: .*mine.py", ended.stdout)
     assert "the path that ran" in ended.stdout
+
+
+def test_the_command_ends_even_if_nothing_can_interrupt_a_manager(tmp_path: Path) -> None:
+    tmp_path.joinpath("mine.py").write_text(FILE)
+    code = "import contract; contract.GIVE_UP = 0.1; contract.main(['mine.py:stubborn'])"
+    options: Any = {"env": {"PYTHONPATH": str(ROOT / "tests")}, "cwd": tmp_path, "timeout": 60}
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, **options)
+    assert (ended.returncode, b"in stubborn" in ended.stderr) == (1, True)
