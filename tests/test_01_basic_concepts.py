@@ -158,6 +158,15 @@ def test_what_is_not_restored_is_as_the_docstring_says() -> None:
         assert config["model"] == "small", "while the second block still runs"
 
 
+@pytest.mark.parametrize(("fails", "left"), [("pop", {"a": 1, "b": 3}), ("__setitem__", {"a": 2})])
+def test_if_one_key_cannot_be_restored_the_other_is(fails: str, left: dict[str, int]) -> None:
+    config = UserDict(a=1)
+    with failing(config, fails) as error, pytest.raises(error):
+        with chapter.temporary_config(config, a=2, b=3):
+            pass
+    assert config == left
+
+
 @ways
 def test_temporary_config_keeps_the_cleanup_contract(way: Way) -> None:
     config = UserDict(a=1)  # whose methods can be replaced
@@ -480,7 +489,9 @@ SHOWN = """
 1 with manager: 1 4 1 4 1 5
 1 ✓ `with_statement`: __enter__(), __exit__(None),
 1 __enter__(), __exit__(None), __enter__(), __exit__(ValueError)
+2 seconds.append(time.perf_counter() - started) 3
 2 ✗ Measured by hand: 1 of 2 runs.
+2 self._stopped = self._clock() 13 13
 2 ✓ Measured by the timer: 2 of 2 runs.
 3 path.touch(exist_ok=False) 1 1 yield 2 2 path.unlink() 3
 3 ✗ Left in the folder: ['report.lock']. The next run: FileExistsError.
@@ -488,15 +499,21 @@ SHOWN = """
 3 ✓ Left in the folder: []. The next run: no error.
 4 ✗ Afterwards: {'model': 'gpt-4o-mini', 'debug': None}
 4 ✓ Afterwards: {'model': 'gpt-4o-mini'}
+5 batch.append(int(word)) 3 5 3 5
 5 ✗ `1 two 3`: no error, and the batch is [1].
 5 ┌ no such file │ ┌ os.remove │ └ left by FileNotFoundError └ ended
 5 ┌ . │ ┌ os.remove │ └ left by IsADirectoryError └ left by IsADirectoryError
 5 ✓ A missing file: no error; a directory: IsADirectoryError.
+6 next(self.generator, None) 6 6
 6 ✗ If the block raises, the caller sees: ValueError.
+6 next(self.generator) 8 else:
 6 ✓ If the block raises, the caller sees: no error.
 7 ✗ `open`: {'report.txt': 'second '}
+7 os.replace(draft, target) 16 finally: draft.unlink(missing_ok=True) 17 13
 7 ✓ `atomic_write`: {'report.txt': 'first report'}
+8 connection.commit() 8 7
 8 ✗ `careless_transaction`: Ada 0 + Bob 50 = 50
+8 connection.execute("ROLLBACK") 12 raise 13
 8 ✓ `transaction`: Ada 50 + Bob 50 = 100
 9 │ sys.exit(1) │ 1 │ │
 9 │ os.kill(os.getpid(), signal.SIGTERM) │ -15 │ report.lock │

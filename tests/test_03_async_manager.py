@@ -337,6 +337,12 @@ def test_devices_are_those_of_a_driver_that_works_or_stand_ins(
 
 
 @pytest.mark.asyncio
+async def test_what_a_worker_started_is_killed_even_if_it_ended_first() -> None:
+    async with worker("import os, time\nif os.fork() == 0: time.sleep(600)") as process:
+        await until(lambda: process.returncode is not None)
+
+
+@pytest.mark.asyncio
 async def test_a_worker_sees_its_device_no_keyboard_and_no_ctrl_c() -> None:
     code = """if True:
         import os

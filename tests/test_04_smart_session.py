@@ -59,9 +59,6 @@ def asking_session(name: str, server: Any = chapter.stand_in, **options: Any) ->
         yield session
 
 
-# --- The current session: blocks, tasks, threads, generators ---
-
-
 def test_a_call_is_recorded_in_the_innermost_session() -> None:
     with client_that() as client, smart_session("outer", client=client, model="gpt-4o") as outer:
         ask("one")
@@ -202,9 +199,6 @@ def test_smart_session_keeps_the_cleanup_contract(way: Way) -> None:
     way(subject)
 
 
-# --- Asking ---
-
-
 def test_without_a_session_or_a_client_ask_fails_and_a_call_warns(caplog: Log) -> None:
     with pytest.raises(LookupError, match=r"ask inside `with smart_session"):
         ask("Is it?")
@@ -248,9 +242,6 @@ def test_an_answer_that_is_not_whole_raises_and_is_recorded() -> None:
                 ask("Is it?")
     assert [bool(call.usage and call.cost) for call in session.calls] == [False] * 4 + [True] * 6
     assert all(call.duration is not None and call.error is None for call in session.calls)
-
-
-# --- The recording client ---
 
 
 def test_a_call_is_recorded_with_model_tokens_exact_cost_and_duration() -> None:
@@ -330,8 +321,6 @@ def test_each_attempt_of_the_sdk_is_a_call_with_its_own_error() -> None:
     assert outcomes == [("HTTP 429", True), ("HTTP 500", True), (None, False)]
     assert all(call.duration is not None for call in session.calls)
 
-
-# --- Streams ---
 
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8"}
 

@@ -34,8 +34,6 @@ def test_the_stage_is_the_same_in_every_script() -> None:
     assert (len(scripts), len(stages)) == (7, 1)
 
 
-# --- Wrapping and brackets ---
-
 CLOSING = re.compile(r"(?!\.\.\.)[)\]},.;:!?%，。、；：！？）」》”’…—]")
 OPENING = re.compile(r"[(\[{（「《“‘]$")
 
@@ -102,9 +100,6 @@ def test_a_bracket_keeps_the_cleanup_contract(way: Way) -> None:
     )
 
 
-# --- The path that ran ---
-
-
 def on_stage(function: Any) -> Any:
     """Let the stage take a function for one of its own file's."""
     return FunctionType(function.__code__, vars(stage))
@@ -119,6 +114,11 @@ def double(words: list[str]) -> list[str]:
     for word in words:
         doubled += [2 * letter for letter in word]
     return doubled
+
+
+@on_stage
+async def pause() -> None:
+    await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -174,6 +174,12 @@ def test_cleanup_that_is_cancelled_twice_ends_at_its_await(capsys: Capture) -> N
     assert lines == ["try: 1 1", "yield 2 2", "finally:", *awaits, ""]
 
 
+def test_the_path_of_a_coroutine_numbers_its_lines(capsys: Capture) -> None:
+    with stage.trace() as run:
+        asyncio.run(pause())
+    assert shown(capsys, pause, run=run)[3:] == ["await asyncio.sleep(0) 1", ""]
+
+
 def test_without_runs_code_is_shown_alone_and_folded(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setattr(stage, "console", Console(width=20))
     code = "".join(shown(capsys, double)).replace(" ", "")
@@ -191,9 +197,6 @@ def test_other_files_are_not_traced_and_a_debugger_gets_its_trace_back() -> None
         assert sys.gettrace() is debugger
     lines = Path(stage.__file__).read_text(encoding="utf-8").splitlines()
     assert {lines[number - 1].strip() for number in run} <= {"finally:", "sys.settrace(before)"}
-
-
-# --- The command line ---
 
 
 def demo_first() -> None:

@@ -167,8 +167,6 @@ def test_each_change_to_a_script_is_named(root: Path, old: str, new: str, expect
     assert files(root) == catalogue  # checking writes nothing
 
 
-# --- Pages ---
-
 ORIGINAL = "# One\n\nfirst\n\n## Two\n\n```python\n# not a heading\n```\n"
 CHANGED = ORIGINAL.replace("first", "second")
 ONE, TWO = (f"<!-- en: {section.hash} -->" for section in translate.sections(ORIGINAL))
