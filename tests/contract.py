@@ -46,10 +46,10 @@ import contextlib
 import contextvars
 import faulthandler
 import functools
-import importlib
 import inspect
 import itertools
 import os
+import runpy
 import signal
 import sys
 import sysconfig
@@ -909,7 +909,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     sys.path.insert(0, str(Path(file).resolve().parent))
     sys.modules["contract"] = sys.modules[__name__]  # the file imports the same Subject
-    factory = getattr(importlib.import_module(Path(file).stem), name, None)
+    factory = runpy.run_path(str(Path(file).resolve())).get(name)
     if not callable(factory):
         print(f"{file} has no function {name!r}", file=sys.stderr)
         return 2

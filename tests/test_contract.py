@@ -588,8 +588,9 @@ def subject():
 
 
 def judge(folder: Path, factory: str) -> subprocess.CompletedProcess[str]:
-    folder.joinpath("mine.py").write_text(FILE)
-    command = [sys.executable, contract.__file__, f"mine.py:{factory}"]
+    # A module of this name is imported already: it must not be taken for the file.
+    folder.joinpath("select.py").write_text(FILE)
+    command = [sys.executable, contract.__file__, f"select.py:{factory}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
@@ -601,7 +602,7 @@ def test_a_manager_is_judged_in_a_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.search("(?m)^- set_up_fails +not tried: it counts$", ended.stdout)
     assert ended.returncode == 0
     ended = judge(tmp_path, "nobody")
-    assert (ended.returncode, ended.stderr) == (2, "mine.py has no function 'nobody'\n")
+    assert (ended.returncode, ended.stderr) == (2, "select.py has no function 'nobody'\n")
     assert contract.main([]) == 2
     assert "usage: " in capsys.readouterr().err
 
@@ -609,7 +610,9 @@ def test_a_manager_is_judged_in_a_table(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_bare_manager_is_judged_by_what_it_leaves_open(tmp_path: Path) -> None:
     ended = judge(tmp_path, "careless")
     assert ended.returncode == 1
-    assert re.search("✗ raises_exception +careless left something behind: .*mine.py", ended.stdout)
+    assert re.search(
+        "✗ raises_exception +careless left something behind: .*select.py", ended.stdout
+    )
     assert "the path that ran" in ended.stdout
 
 

@@ -50,7 +50,7 @@ ENDPOINTS: dict[str, tuple[int, str, str]] = {  # status, content type, body
     "too many requests": (429, JSON, '{"error": {"message": "slow down"}}'),
     "a server error": (500, HTML, "<html>Internal Server Error</html>"),
     "a redirect to itself": (307, HTML, ""),
-    "slow bytes": (200, JSON, completion(USAGE, content="Yes.")),
+    "one byte at a time": (200, JSON, completion(USAGE, content="Yes.")),
     "a refusal": (200, JSON, completion(USAGE, content=None, refusal="No.")),
     "tool calls": (200, JSON, completion(USAGE, "tool_calls", content=None, tool_calls=[CALL])),
     "an endless page": (200, HTML, ""),
@@ -60,7 +60,7 @@ ENDPOINTS: dict[str, tuple[int, str, str]] = {  # status, content type, body
 BELIEVERS = {
     "infinite usage": {4, 5, 8},
     "huge usage": {3, 4, 5, 8},
-    "slow bytes": {2, 3, 4, 5, 8},
+    "one byte at a time": {2, 3, 4, 5, 8},
     "a refusal": {2, 3, 4, 5, 8},
     "tool calls": {2, 3, 4, 5, 8},
 }
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(header, str(value))
         self.end_headers()
         with suppress(ConnectionError):  # a client may have gone away
-            for byte in body if name == "slow bytes" else [body]:
+            for byte in body if name == "one byte at a time" else [body]:
                 self.wfile.write(byte.encode())
             if name == "an endless page":
                 os.kill(os.getpid(), signal.SIGINT)  # the learner has had enough
